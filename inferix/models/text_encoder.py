@@ -1,0 +1,111 @@
+"""The UMT5 prompt encoder of transformers, loaded from Wan's original file and tokenizer folder."""
+
+import html
+import re
+from pathlib import Path
+
+import ftfy
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from inferix.errors import InputError
+from inferix.models.checkpoints import StateDict, assign, load_pickle
+
+RENAMES = {
+    r"^token_embedding\.": "shared.",
+    r"^norm\.": "encoder.final_layer_norm.",
+    r"^blocks\.(\d+)\.norm1\.": r"encoder.block.\1.layer.0.layer_norm.",
+    r"^blocks\.(\d+)\.norm2\.": r"encoder.block.\1.layer.1.layer_norm.",
+    r"^blocks\.(\d+)\.attn\.": r"encoder.block.\1.layer.0.SelfAttention.",
+    r"^blocks\.(\d+)\.pos_embedding\.embedding\.": r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    r"^blocks\.(\d+)\.ffn\.gate\.0\.": r"encoder.block.\1.layer.1.DenseReluDense.wi_0.",
+    r"^blocks\.(\d+)\.ffn\.fc1\.": r"encoder.block.\1.layer.1.DenseReluDense.wi_1.",
+    r"^blocks\.(\d+)\.ffn\.fc2\.": r"encoder.block.\1.layer.1.DenseReluDense.wo.",
+}
+"""From Wan's key names to those of ``transformers.UMT5EncoderModel``."""
+
+
+def convert_umt5_to_transformers(state: StateDict) -> StateDict:
+    """Rename Wan's UMT5 encoder weights; keys that match nothing stay as they are."""
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, replacement in RENAMES.items():
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    if "shared.weight" in renamed:
+        renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
+    return renamed
+
+
+def umt5_config(state: StateDict) -> UMT5Config:
+    """Read the sizes off the tensors (original names): the file comes without a config."""
+    try:
+        vocab_size, d_model = state["token_embedding.weight"].shape
+        num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
+        return UMT5Config(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            d_kv=state["blocks.0.attn.q.weight"].shape[0] // num_heads,
+            d_ff=state["blocks.0.ffn.fc1.weight"].shape[0],
+            num_layers=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+            num_heads=num_heads,
+            relative_attention_num_buckets=num_buckets,
+            feed_forward_proj="gated-gelu",
+        )
+    except (KeyError, AttributeError, ValueError):
+        raise InputError("the text encoder file does not hold a UMT5 encoder; download it again") from None
+
+
+def clean(prompt: str) -> str:
+    """Mend broken Unicode and HTML entities and fold white space, as Wan does before it tokenizes."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+class TextEncoder:
+    """Prompts to embeddings of ``text_len`` tokens, those of the padding zero."""
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer, text_len: int):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    @classmethod
+    def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
+        """Load ``models_t5_umt5-xxl-enc-bf16.pth``, of any size, and a tokenizer folder."""
+        state = load_pickle(weights)
+        with torch.device("meta"):
+            model = UMT5EncoderModel(umt5_config(state))
+        assign(model, convert_umt5_to_transformers(state), weights)
+        model.tie_weights()
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise InputError(f"{tokenizer} holds no tokenizer.json; see weights/README.md")
+        return cls(model, AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), text_len)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
+        self.model.to(device, dtype)
+        return self
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of ``prompt`` that the tokenizer has no token for."""
+        unknown = self.tokenizer.unk_token_id
+        words = re.findall(r"\w+", clean(prompt))
+        return [w for w in words if unknown in self.tokenizer(w, add_special_tokens=False).input_ids]
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, each [B, text_len]."""
+        tokens = self.tokenizer(
+            [clean(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            return_tensors="pt",
+        )
+        return tokens.input_ids, tokens.attention_mask
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Embeddings [B, text_len, text_dim]."""
+        ids, mask = (x.to(self.model.device) for x in self.tokenize(prompts))
+        embeds = self.model(ids, attention_mask=mask).last_hidden_state
+        return embeds * mask[..., None].to(embeds.dtype)

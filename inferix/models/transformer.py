@@ -1,0 +1,307 @@
+"""The causal Wan 2.1 transformer that CausVid and Self-Forcing share.
+
+The network is Wan's (https://arxiv.org/abs/2503.20314); what makes it causal is that its self-attention sees the keys
+and values of earlier frames through a cache. Modules carry the names of diffusers' ``WanTransformer3DModel``.
+
+Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens a frame, D = ``dim``, H heads of size d = D/H.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inferix.errors import InputError
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the network; the defaults are Wan2.1-T2V-1.3B's."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
+    text_dim: int = 4096
+    text_len: int = 512
+    """Tokens a prompt is padded to."""
+    in_dim: int = 16
+    out_dim: int = 16
+    num_heads: int = 12
+    num_layers: int = 30
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_json(cls, path: Path) -> "TransformerConfig":
+        """Read a ``config.json`` of the original ``WanModel`` or of diffusers' ``WanTransformer3DModel``.
+
+        Raises InputError where the file is missing, is no JSON or describes another kind of model.
+        """
+        try:
+            raw = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path} not found: it describes the base model's sizes; see weights/README.md") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid JSON ({error}); download it again") from None
+        if "num_attention_heads" in raw:  # diffusers' names
+            raw |= {
+                "num_heads": raw["num_attention_heads"],
+                "dim": raw["num_attention_heads"] * raw["attention_head_dim"],
+                "in_dim": raw["in_channels"],
+                "out_dim": raw["out_channels"],
+            }
+        missing = {"dim", "ffn_dim", "num_heads", "num_layers"} - raw.keys()
+        if missing:
+            raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is not the config of a Wan transformer")
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """[...] timesteps in [0, 1000] to [..., dim]: cosines, then sines (Wan's order), angles taken in float64."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angles = timestep.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rope_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [F*height*width, 1, head_dim/2], of the 3D rotary embedding (RoFormer, arXiv 2104.09864).
+
+    A head's complex pairs are shared out over time, row and column; time gets what a third leaves over.
+    ``frame_index`` [F] holds absolute frame positions, ``height`` and ``width`` count tokens.
+    """
+    device = frame_index.device
+    pairs = head_dim // 2
+    spatial = pairs // 3
+
+    def angles(position: Tensor, count: int) -> Tensor:
+        exponent = torch.arange(count, dtype=torch.float64, device=device) / count
+        return position.double()[:, None] * 10000.0**-exponent
+
+    grid = (len(frame_index), height, width)
+    time = angles(frame_index, pairs - 2 * spatial)[:, None, None, :].expand(*grid, -1)
+    row = angles(torch.arange(height, device=device), spatial)[None, :, None, :].expand(*grid, -1)
+    column = angles(torch.arange(width, device=device), spatial)[None, None, :, :].expand(*grid, -1)
+    table = torch.cat([time, row, column], dim=-1).reshape(-1, 1, pairs)
+    return table.cos().float(), table.sin().float()
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of x [B, T, H, d] by the angles of ``rope``, in float32."""
+    cos, sin = rope
+    real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the dtype of x and of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class TwoLayer(nn.Module):
+    """Linear, activation, linear: the timestep and the text embedder."""
+
+    def __init__(self, in_dim: int, dim: int, activation: nn.Module):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds what the network is conditioned on: the timestep of every frame, and the prompt."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, F] timesteps to the embedding [B, F, D] and the blocks' modulation [B, F, 6, D]."""
+        sinusoid = sinusoidal_embedding(timestep, self.freq_dim).to(self.time_proj.weight.dtype)
+        embedding = self.time_embedder(sinusoid)
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class Attention(nn.Module):
+    """Projections of one attention; who attends to what is decided by the caller."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.to_q = nn.Linear(config.dim, config.dim)
+        self.to_k = nn.Linear(config.dim, config.dim)
+        self.to_v = nn.Linear(config.dim, config.dim)
+        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, ..., D] to [B, tokens, H, d]."""
+        return x.reshape(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.split_heads(self.norm_q(self.to_q(x)))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split_heads(self.norm_k(self.to_k(x))), self.split_heads(self.to_v(x))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of q [B, T, H, d] over k, v [B, K, H, d], as [B, T, H*d]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class GELUProjection(nn.Module):
+    """Linear followed by tanh-approximated GELU."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """D to ``ffn_dim`` and back; index 1 of ``net`` is where diffusers keeps a dropout."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.net = nn.Sequential(
+            GELUProjection(config.dim, config.ffn_dim), nn.Identity(), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over time and space, cross-attention to the prompt, feed-forward.
+
+    ``before_attention`` and ``after_attention`` know nothing of the cache's length, so that one compiled graph of each
+    serves every layer and every block of the video.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.attn1 = Attention(config)
+        self.norm2 = LayerNorm(config.dim, config.eps)
+        self.attn2 = Attention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = FeedForward(config)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """The six shifts, scales and gates, each [B, F, 1, D], for time [B, F, 6, D]."""
+        return (self.scale_shift_table + time).float().split(1, dim=2)
+
+    def before_attention(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, F, S, D] to rotated queries and keys, and values, each [B, F*S, H, d]."""
+        shift, scale, *_ = self.modulation(time)
+        hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
+        key, value = self.attn1.key_value(hidden)
+        return apply_rope(self.attn1.query(hidden), rope), apply_rope(key, rope), value
+
+    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """What follows self-attention: x [B, F, S, D] and its result [B, F*S, D] to the block's output [B, F, S, D]."""
+        *_, gate_attn, shift, scale, gate_ffn = self.modulation(time)
+        x = (x + self.attn1.to_out[0](attended).view_as(x) * gate_attn).to(x.dtype)
+        attended = attention(self.attn2.query(self.norm2(x).to(x.dtype)), *text)
+        x = x + self.attn2.to_out[0](attended).view_as(x)
+        hidden = (self.norm3(x) * (1 + scale) + shift).to(x.dtype)
+        return (x + self.ffn(hidden) * gate_ffn).to(x.dtype)
+
+    def forward(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], cache, layer: int) -> Tensor:
+        attended = cache.attend(layer, *self.before_attention(x, time, rope))
+        return self.after_attention(x, attended, time, cache.text[layer])
+
+
+class CausalWanTransformer(nn.Module):
+    """Predicts the flow (noise - clean) of a block of latent frames, given what the cache holds of earlier ones."""
+
+    patch_size = (1, 2, 2)
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, self.patch_size, self.patch_size)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def embed_text(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Prompt embeddings [B, L, text_dim] to every layer's cross-attention keys and values [B, L, H, d]."""
+        text = self.condition_embedder.text_embedder(prompt_embeds)
+        return [block.attn2.key_value(text) for block in self.blocks]
+
+    def rope(self, frame_index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The rotary table of the latent frames at positions ``frame_index`` [F] of ``height`` x ``width`` pixels."""
+        return rope_table(frame_index, height // 2, width // 2, self.config.head_dim)
+
+    def forward(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tensor:
+        """Predict the flow.
+
+        Args:
+            latents: noisy latents [B, F, C, h, w]; h and w are even.
+            timestep: [B, F], in [0, 1000].
+            rope: what ``self.rope`` gives for these frames.
+            cache: has ``text``, what ``self.embed_text`` gives, and ``attend(layer, q, k, v)``, which returns the
+                self-attention's result [B, F*S, D] for q, k and v [B, F*S, H, d]: see ``KVCache``.
+
+        Returns:
+            The flow [B, F, C, h, w] in the dtype of ``latents``.
+        """
+        embedding, time = self.condition_embedder.embed_time(timestep)
+        x = self.embed_patches(latents)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, time, rope, cache, layer)
+        return self.project_out(x, embedding, latents)
+
+    def embed_patches(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] to tokens [B, F, S, D]: the patch convolution, as one product."""
+        tokens = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, F, C, h/2, 2, w/2, 2]
+        tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+        weight = self.patch_embedding.weight
+        return F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+    def project_out(self, x: Tensor, embedding: Tensor, latents: Tensor) -> Tensor:
+        """Tokens [B, F, S, D] to the flow, shaped like ``latents``."""
+        shift, scale = (self.scale_shift_table + embedding[:, :, None]).float().split(1, dim=2)
+        out = self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))  # [B, F, S, 4*C]
+        height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
+        out = out.unflatten(-1, (2, 2, -1)).unflatten(2, (height, width))  # [B, F, h/2, w/2, 2, 2, C]
+        return out.permute(0, 1, 6, 2, 4, 3, 5).reshape_as(latents).to(latents.dtype)

@@ -1,0 +1,89 @@
+"""The Wan 2.1 video VAE of diffusers, loaded from the original file, with a decoder that goes on block after block.
+
+Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from torch import Tensor
+
+from inferix.errors import InputError
+from inferix.models.checkpoints import StateDict, assign, load_pickle
+
+
+def vae_config(state: StateDict) -> dict:
+    """Read the widths off the tensors (original names): the file comes without a config."""
+    try:
+        base_dim = state["encoder.conv1.weight"].shape[0]
+        widest = state["encoder.middle.0.residual.2.weight"].shape[0]
+        return {
+            "base_dim": base_dim,
+            "z_dim": state["conv2.weight"].shape[0],
+            "dim_mult": [1, 2, widest // base_dim, widest // base_dim],
+        }
+    except (KeyError, AttributeError, IndexError):
+        raise InputError("the VAE file does not hold a Wan 2.1 VAE; download Wan2.1_VAE.pth again") from None
+
+
+class WanVAE:
+    """Encode pixels, and decode latents whole or as a stream."""
+
+    def __init__(self, model: AutoencoderKLWan):
+        self.model = model.eval().requires_grad_(False)
+        shape = (1, 1, -1, 1, 1)
+        self.mean = torch.tensor(model.config.latents_mean).view(shape)
+        self.std = torch.tensor(model.config.latents_std).view(shape)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "WanVAE":
+        """Load ``Wan2.1_VAE.pth``, of any width."""
+        state = load_pickle(path)
+        with torch.device("meta"):
+            model = AutoencoderKLWan(**vae_config(state))
+        assign(model, convert_wan_vae_to_diffusers(state), path)
+        return cls(model)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "WanVAE":
+        self.model.to(device, dtype)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, T, 3, H, W] in [-1, 1] to latents [B, F, 16, H/8, W/8] (the distribution's mean)."""
+        video = pixels.transpose(1, 2).to(self.model.device, self.model.dtype)
+        latents = self.model.encode(video).latent_dist.mode().transpose(1, 2)
+        return ((latents.float() - self.mean) / self.std).to(self.model.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, 16, h, w] to pixels [B, T, 3, 8h, 8w] in [0, 1], float32."""
+        return StreamingDecoder(self)(latents)
+
+
+class StreamingDecoder:
+    """Decodes one clip piece by piece: calling it with the pieces gives the pieces of what one whole call gives.
+
+    The first latent frame of the clip becomes one pixel frame, every other four.
+    """
+
+    def __init__(self, vae: WanVAE):
+        self.vae = vae
+        self.first = True
+        self.features = [None] * vae.model._cached_conv_counts["decoder"]
+        """What every causal convolution saw last; diffusers' decoder reads and replaces it."""
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, 16, h, w] to pixels [B, t, 3, 8h, 8w] in [0, 1], float32."""
+        model = self.vae.model
+        latents = latents.to(model.device).float() * self.vae.std + self.vae.mean
+        hidden = model.post_quant_conv(latents.to(model.dtype).transpose(1, 2))
+        frames = []
+        for frame in hidden.split(1, dim=2):
+            frames.append(model.decoder(frame, feat_cache=self.features, feat_idx=[0], first_chunk=self.first))
+            self.first = False
+        pixels = torch.cat(frames, dim=2).transpose(1, 2).float()
+        return (pixels * 0.5 + 0.5).clamp(0, 1)
