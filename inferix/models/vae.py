@@ -47,7 +47,7 @@ class WanVAE:
         return cls(model)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "WanVAE":
-        self.model.to(device, dtype)
+        torch.nn.Module.to(self.model, device, dtype)  # past diffusers' warning about modules it keeps in float32
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 

@@ -1,0 +1,91 @@
+"""What a pipeline is told: the YAML configs with the reference projects' keys, and how ranks share the work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from inferix.errors import InputError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks of a ``torchrun`` job share one clip."""
+
+    ulysses_size: int = 1
+    """Ranks over which attention heads are split (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    ring_size: int = 1
+    """Ranks over which keys and values are passed round (Ring Attention, arXiv 2310.01889)."""
+    local_rank: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        if self.ulysses_size * self.ring_size != self.world_size:
+            raise InputError(
+                f"ulysses_size {self.ulysses_size} x ring_size {self.ring_size} is not the number of processes "
+                f"({self.world_size}); start that many with torchrun, or change the sizes"
+            )
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The keys of a config file that inference reads; what training alone needs is ignored."""
+
+    denoising_step_list: tuple[int, ...]
+    """Descending timesteps; a trailing 0 is dropped."""
+    timestep_shift: float
+    """Shift of the noise schedule."""
+    warp_denoising_step: bool = False
+    """Take ``denoising_step_list`` as places in the shifted schedule rather than as timesteps."""
+    num_frame_per_block: int = 3
+    """Latent frames that are denoised together."""
+    context_noise: int = 0
+    """Timestep at which a finished block is run again to fill the cache."""
+    local_attn_size: int = -1
+    """Latent frames that attention sees; -1: all of the clip."""
+    sink_size: int = 0
+    """First latent frames that a rolling window never drops."""
+    image_or_video_shape: tuple[int, ...] = (1, 21, 16, 60, 104)
+    """Batch, latent frames, channels, latent height and width."""
+    prompt_template: str | None = None
+    """What a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
+
+
+def load_config(path: str | Path, default_path: str | Path | None = None) -> PipelineConfig:
+    """Read ``path`` over ``default_path``.
+
+    Raises InputError where a file is missing, is no YAML mapping, or lacks or misuses a key.
+    """
+    merged = OmegaConf.merge(*(_read_yaml(Path(p)) for p in (default_path, path) if p is not None))
+    raw = OmegaConf.to_container(merged)
+    raw |= raw.get("model_kwargs") or {}  # Self-Forcing nests timestep_shift, local_attn_size and sink_size there
+    values = {name: raw[name] for name in PipelineConfig.__dataclass_fields__ if raw.get(name) is not None}
+    try:
+        values["denoising_step_list"] = tuple(int(step) for step in values["denoising_step_list"] if int(step) > 0)
+        values["timestep_shift"] = float(values["timestep_shift"])
+        values["image_or_video_shape"] = tuple(
+            int(size) for size in values.get("image_or_video_shape", PipelineConfig.image_or_video_shape)
+        )
+        config = PipelineConfig(**values)
+        if not config.denoising_step_list or len(config.image_or_video_shape) != 5 or config.num_frame_per_block < 1:
+            raise ValueError("denoising_step_list, image_or_video_shape or num_frame_per_block is out of range")
+        return config
+    except KeyError as error:
+        raise InputError(f"{path} has no {error.args[0]}; compare it with the configs under example/") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
+
+
+def _read_yaml(path: Path):
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise InputError(f"config {path} not found") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(config):
+        raise InputError(f"config {path} is not a mapping of keys to values")
+    return config

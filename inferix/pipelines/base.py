@@ -1,0 +1,111 @@
+"""What both pipelines do the same way."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from inferix.config import ParallelConfig, load_config
+from inferix.errors import InputError
+from inferix.models.base_model import BaseModel
+from inferix.models.checkpoints import assign, read_distilled
+from inferix.pipelines.inference import CausalInferencePipeline
+from inferix.video import VideoWriter
+
+
+class Pipeline:
+    """Builds the parts, loads a distilled checkpoint, and saves what is generated.
+
+    Args:
+        config_path: YAML with the reference projects' keys.
+        default_config_path: YAML that ``config_path`` is laid over.
+        wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
+        enable_kv_offload: keep the cache in host memory.
+        parallel_config: how ranks share the work.
+        device: default: the GPU if there is one.
+        dtype: default: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises InputError where a file is missing, damaged or does not fit.
+    """
+
+    default_base_model_path = "weights/Wan2.1-T2V-1.3B"
+
+    def __init__(
+        self,
+        config_path: str | Path,
+        default_config_path: str | Path | None = None,
+        wan_base_model_path: str | Path | None = None,
+        enable_kv_offload: bool = False,
+        parallel_config: ParallelConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.config = load_config(config_path, default_config_path)
+        self.parallel = parallel_config or ParallelConfig()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        base = BaseModel(wan_base_model_path or self.default_base_model_path)
+        self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype)
+
+    def _load(self, path: Path, key: str) -> None:
+        assign(self.pipeline.generator.model, read_distilled(path, key), path)
+        self.pipeline.generator.model.requires_grad_(False)
+
+    def setup_devices(self, low_memory: bool = False) -> None:
+        """Move every part to the device, in the dtype it runs in."""
+        self.pipeline.to_device()
+
+    def note_unknown(self, prompt: str) -> str | None:
+        """One line about a prompt that the loaded model was not made for; None where there is nothing to say."""
+        unknown = self.pipeline.text_encoder.unknown_words(prompt)
+        template = self.config.prompt_template
+        if template is None:
+            return f"the tokenizer does not know: {', '.join(unknown)}" if unknown else None
+        if re.fullmatch(template_pattern(template), prompt.strip().rstrip("."), re.IGNORECASE):
+            return None
+        return f"this small model knows only prompts of the form '{template}'; for '{prompt}' expect something else"
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise InputError("the prompt is empty; give it some words, several prompts separated by ;")
+        return self.pipeline.text_encoder(prompts)
+
+    def _noise(self, batch: int, num_frames: int, generator: torch.Generator | None) -> Tensor:
+        return self.pipeline.randn((batch, num_frames, *self.config.image_or_video_shape[2:]), generator)
+
+    def seeded(self, seed: int) -> torch.Generator:
+        """A generator on the pipeline's device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+def template_pattern(template: str) -> str:
+    """The regular expression of ``A {red|blue} dot``-like templates."""
+    parts = re.split(r"\{([^}]*)\}", template)
+    return "".join(re.escape(part) if i % 2 == 0 else f"({part})" for i, part in enumerate(parts))
+
+
+def save(frames: Iterable[Tensor], paths: list[Path], total_blocks: int | None, description: str) -> list[Path]:
+    """Write the pieces [B, t, 3, H, W] to B files as they come, with a progress bar over the blocks."""
+    writers: list[VideoWriter] = []
+    try:
+        for path in paths:
+            writers.append(VideoWriter(path))
+        for piece in tqdm(frames, total=total_blocks, desc=description, unit="block"):
+            for writer, video in zip(writers, piece):
+                writer.write(video)
+    except BaseException as error:
+        for writer in writers:
+            writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    return paths
+
+
+def joined(pieces: Iterator[Tensor]) -> Tensor:
+    """The pieces [B, t, 3, H, W] of a stream as one video [B, T, 3, H, W]."""
+    return torch.cat(list(pieces), dim=1)

@@ -1,0 +1,147 @@
+"""From noise to clean latents, block by block: the loop that Self-Forcing and CausVid share."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from inferix.config import PipelineConfig
+from inferix.errors import InputError
+from inferix.models.base_model import BaseModel
+from inferix.models.kv_cache import KVCache
+from inferix.models.transformer import CausalWanTransformer
+from inferix.scheduler import FlowMatchScheduler
+
+
+class WanDiffusionWrapper:
+    """The transformer and its noise schedule: ``model`` is what gets quantized."""
+
+    def __init__(self, model: CausalWanTransformer, config: PipelineConfig):
+        self.model = model
+        self.scheduler = FlowMatchScheduler(
+            config.timestep_shift, config.denoising_step_list, config.warp_denoising_step
+        )
+
+    def flow(self, latents: Tensor, timestep: float, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
+        """The predicted flow of latents [B, F, C, h, w] that are all at ``timestep``."""
+        timesteps = torch.full(latents.shape[:2], timestep, device=latents.device, dtype=torch.float32)
+        return self.model(latents, timesteps, rope, cache)
+
+
+class CausalInferencePipeline:
+    """Text encoder, few-step causal generator and VAE."""
+
+    def __init__(self, config: PipelineConfig, base: BaseModel, device: torch.device, dtype: torch.dtype):
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.generator = WanDiffusionWrapper(base.transformer(), config)
+        self.text_encoder = base.text_encoder()
+        self.vae = base.vae()
+
+    def to_device(self) -> None:
+        for part in (self.generator.model, self.text_encoder, self.vae):
+            part.to(self.device, self.dtype)
+
+    def randn(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
+        """One draw, on the generator's own device, so that a seed means the same wherever the model runs."""
+        source = generator.device if generator is not None else self.device
+        return torch.randn(shape, generator=generator, device=source, dtype=self.dtype).to(self.device)
+
+    def blocks(self, num_noise_frames: int, num_context_frames: int = 0) -> list[int]:
+        """Frames of every block: those of the context first, where a lone first frame (an image) is a block of its own.
+
+        Raises InputError where the frames are no whole number of blocks.
+        """
+        size = self.config.num_frame_per_block
+        lone = num_context_frames % size if size > 1 else 0
+        if lone > 1 or num_noise_frames % size or num_noise_frames < 0:
+            raise InputError(
+                f"{num_noise_frames} latent frames after {num_context_frames} given ones: "
+                f"both must come in blocks of {size} (one more given frame may come first)"
+            )
+        return [1] * lone + [size] * ((num_context_frames - lone + num_noise_frames) // size)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the clip's clean latents block after block, the given ones first.
+
+        Args:
+            noise: [B, F, C, h, w], what the frames after the context start from.
+            prompt_embeds: [B, L, text_dim].
+            context: clean latents [B, F', C, h, w] that the clip starts with.
+            generator: source of the re-noising draws.
+        """
+        context = noise[:, :0] if context is None else context
+        given, (batch, _, _, height, width) = context.shape[1], noise.shape
+        model, cache = self.generator.model, self.new_cache(batch, given + noise.shape[1], height * width // 4)
+        cache.text = model.embed_text(prompt_embeds.to(self.dtype))
+        latents = torch.cat([context.to(noise), noise], dim=1).to(self.dtype)
+        start = 0
+        for size in self.blocks(noise.shape[1], given):
+            cache.place(start, size)
+            rope = model.rope(torch.arange(start, start + size, device=self.device), height, width)
+            block = latents[:, start : start + size]
+            if start >= given:
+                block = self.denoise_block(block, rope, cache, generator)
+            yield block
+            start += size
+            if start < latents.shape[1]:  # nothing will look back at the last block
+                self.generator.flow(block, self.config.context_noise, rope, cache)
+
+    def denoise_block(
+        self, latents: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, generator: torch.Generator | None
+    ) -> Tensor:
+        """Noise [B, F, C, h, w] to clean latents: predict, re-noise to the next level, predict again."""
+        scheduler = self.generator.scheduler
+        for step, (timestep, sigma) in enumerate(zip(scheduler.denoising_timesteps, scheduler.denoising_sigmas)):
+            if step > 0:
+                latents = scheduler.add_noise(x0, self.randn(latents.shape, generator), sigma)
+            x0 = scheduler.to_x0(latents, self.generator.flow(latents, timestep, rope, cache), sigma)
+        return x0
+
+    def new_cache(self, batch: int, num_frames: int, tokens_per_frame: int) -> KVCache:
+        """A cache for the whole clip, or for the rolling window that the config asks for."""
+        window = num_frames if self.config.local_attn_size == -1 else min(self.config.local_attn_size, num_frames)
+        model = self.generator.model
+        return KVCache(
+            model.config, batch, window, tokens_per_frame, self.device, self.dtype, sink_frames=self.config.sink_size
+        )
+
+    @torch.no_grad()
+    def inference(
+        self,
+        noise: Tensor,
+        text_prompts: list[str],
+        initial_latent: Tensor | None = None,
+        start_latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Generate one clip.
+
+        Args:
+            noise: [B, F, 16, h, w].
+            text_prompts: one for each batch entry.
+            initial_latent: clean latents [B, F', 16, h, w] that come before the frames of ``noise``.
+            start_latents: clean latents that take the place of the first frames of ``noise``.
+            generator: source of the re-noising draws.
+            return_latents: give the latents as well.
+
+        Returns:
+            The video [B, T, 3, 8h, 8w] in [0, 1]; with ``return_latents`` also its latents [B, F, 16, h, w].
+        """
+        noise = noise.to(self.device, self.dtype)
+        context = initial_latent
+        if start_latents is not None:
+            context, noise = start_latents, noise[:, start_latents.shape[1] :]
+        blocks = self.denoise(noise, self.text_encoder(text_prompts), context, generator)
+        latents = torch.cat(list(blocks), dim=1)
+        video = self.vae.decode(latents)
+        return (video, latents) if return_latents else video
