@@ -8,6 +8,7 @@ Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens a frame,
 
 import json
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -152,6 +153,26 @@ class ConditionEmbedder(nn.Module):
         return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
+def first_tensor(module: nn.Module) -> Tensor:
+    return next(chain(module.parameters(), module.buffers()))
+
+
+def fuse_linears(linears: list[nn.Module]) -> nn.Module:
+    """One linear layer [out1 + out2 + ..., in] for several that read the same input; they become views of it.
+
+    A quantized layer brings its own way, the class method ``fuse``.
+    """
+    if hasattr(type(linears[0]), "fuse"):
+        return type(linears[0]).fuse(linears)
+    widths = [linear.out_features for linear in linears]
+    weight, bias = (torch.cat([getattr(linear, name).data for linear in linears]) for name in ("weight", "bias"))
+    for linear, rows, values in zip(linears, weight.split(widths), bias.split(widths)):
+        linear.weight.data, linear.bias.data = rows, values
+    fused = nn.Linear(linears[0].in_features, sum(widths), device="meta").requires_grad_(False)
+    fused.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return fused.requires_grad_(False)
+
+
 class Attention(nn.Module):
     """Projections of one attention; who attends to what is decided by the caller."""
 
@@ -164,6 +185,14 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
+        self.fused: tuple[nn.Module, ...] = ()
+        """``to_q``, ``to_k`` and ``to_v`` as one layer, where ``fuse`` made it; in a tuple, so that it is no submodule."""
+
+    def fuse(self) -> None:
+        """Let queries, keys and values come from one product; again after the layers were replaced, loaded or moved."""
+        if not self.fused or first_tensor(self.fused[0]).data_ptr() != first_tensor(self.to_q).data_ptr():
+            self.fused = ()  # so that a stale one does not stay in memory beside the new
+            self.fused = (fuse_linears([self.to_q, self.to_k, self.to_v]),)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, ..., D] to [B, tokens, H, d]."""
@@ -174,6 +203,12 @@ class Attention(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.split_heads(self.norm_k(self.to_k(x))), self.split_heads(self.to_v(x))
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.fused:
+            return self.query(x), *self.key_value(x)
+        q, k, v = self.fused[0](x).chunk(3, dim=-1)
+        return self.split_heads(self.norm_q(q)), self.split_heads(self.norm_k(k)), self.split_heads(v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -209,8 +244,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention over time and space, cross-attention to the prompt, feed-forward.
 
-    ``before_attention`` and ``after_attention`` know nothing of the cache's length, so that one compiled graph of each
-    serves every layer and every block of the video.
+    There is no ``forward``: self-attention, which depends on the cache, stands between the two halves, and they depend
+    on nothing that changes from block to block of the video. One compiled graph of them serves all.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -231,8 +266,8 @@ class TransformerBlock(nn.Module):
         """x [B, F, S, D] to rotated queries and keys, and values, each [B, F*S, H, d]."""
         shift, scale, *_ = self.modulation(time)
         hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
-        key, value = self.attn1.key_value(hidden)
-        return apply_rope(self.attn1.query(hidden), rope), apply_rope(key, rope), value
+        query, key, value = self.attn1.query_key_value(hidden)
+        return apply_rope(query, rope), apply_rope(key, rope), value
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """What follows self-attention: x [B, F, S, D] and its result [B, F*S, D] to the block's output [B, F, S, D]."""
@@ -243,9 +278,13 @@ class TransformerBlock(nn.Module):
         hidden = (self.norm3(x) * (1 + scale) + shift).to(x.dtype)
         return (x + self.ffn(hidden) * gate_ffn).to(x.dtype)
 
-    def forward(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], cache, layer: int) -> Tensor:
-        attended = cache.attend(layer, *self.before_attention(x, time, rope))
-        return self.after_attention(x, attended, time, cache.text[layer])
+
+def between_attentions(
+    block: TransformerBlock, following: TransformerBlock, x: Tensor, attended: Tensor, time: Tensor, rope, text
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """From one block's self-attention to the next one's: what a compiler can make of it, it makes in one piece."""
+    x = block.after_attention(x, attended, time, text)
+    return x, following.before_attention(x, time, rope)
 
 
 class CausalWanTransformer(nn.Module):
@@ -262,6 +301,12 @@ class CausalWanTransformer(nn.Module):
         self.norm_out = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.between = between_attentions
+
+    def fuse_qkv(self) -> None:
+        """Compute the queries, keys and values of self-attention in one product each; names and weights stay."""
+        for block in self.blocks:
+            block.attn1.fuse()
 
     def embed_text(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Prompt embeddings [B, L, text_dim] to every layer's cross-attention keys and values [B, L, H, d]."""
@@ -287,8 +332,11 @@ class CausalWanTransformer(nn.Module):
         """
         embedding, time = self.condition_embedder.embed_time(timestep)
         x = self.embed_patches(latents)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, time, rope, cache, layer)
+        qkv = self.blocks[0].before_attention(x, time, rope)
+        for layer, (block, following) in enumerate(pairwise(self.blocks)):
+            x, qkv = self.between(block, following, x, cache.attend(layer, *qkv), time, rope, cache.text[layer])
+        last = len(self.blocks) - 1
+        x = self.blocks[last].after_attention(x, cache.attend(last, *qkv), time, cache.text[last])
         return self.project_out(x, embedding, latents)
 
     def embed_patches(self, latents: Tensor) -> Tensor:

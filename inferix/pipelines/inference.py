@@ -80,6 +80,7 @@ class CausalInferencePipeline:
         """
         context = noise[:, :0] if context is None else context
         given, (batch, _, _, height, width) = context.shape[1], noise.shape
+        self.generator.model.fuse_qkv()
         model, cache = self.generator.model, self.new_cache(batch, given + noise.shape[1], height * width // 4)
         cache.text = model.embed_text(prompt_embeds.to(self.dtype))
         latents = torch.cat([context.to(noise), noise], dim=1).to(self.dtype)
