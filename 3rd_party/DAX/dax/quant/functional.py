@@ -1,0 +1,158 @@
+"""The arithmetic: values to 8-bit codes and scales, and the product of two 8-bit matrices.
+
+Everything here is plain torch without data-dependent branches, so `torch.compile` fuses the quantization into whatever
+computed the activation, and the scales into whatever follows the product.
+
+A value x is stored as a code q with x ≈ q·s, for a group of values that shares the scale s = max|x| / qmax. qmax is the
+largest finite code: 127 (int8, whose -128 stays unused to keep it symmetric), 448 (float8_e4m3fn), 57344 (float8_e5m2).
+The linear layer is then  y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n, k] + b[n].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+FLOAT32 = torch.finfo(torch.float32)
+
+# What the GPU products ask for: `_scaled_mm` wants K and N in multiples of 16, `_int_mm` in multiples of 8 and more
+# than 16 rows. One rule serves both, on every device, so that the path tested on a CPU is the one a GPU takes.
+ALIGNMENT = 16
+MIN_INT8_ROWS = 17
+
+# Without VNNI, oneDNN's int8 product adds pairs of 16-bit partial sums that saturate: wrong, not only slow.
+CPU_HAS_INT8_DOT = torch.cpu._is_vnni_supported()
+# The largest K for which every partial sum of int8 products is an integer that float32 holds: 127² · 1040 < 2²⁴.
+EXACT_FLOAT32_K = 1040
+
+
+def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 scale, of `absmax`'s shape, that maps a group's largest magnitude to the largest code of `dtype`.
+
+    It is at least the smallest normal float32, so a group of zeros or denormals gets codes of zero and its reciprocal
+    stays finite; for an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays NaN.
+    """
+    largest = min(torch.finfo(absmax.dtype).max, FLOAT32.max) / QMAX[dtype]
+    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest)
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of `x` [..., K] for a scale that broadcasts against it: round(x / scale) in `dtype`, saturating.
+
+    Infinities become the largest code. A NaN stays NaN in fp8; int8 has no code for it (see `quantize_per_token`).
+    """
+    q = x.float() * scale.reciprocal()
+    if dtype == torch.int8:
+        q = q.round_()
+    # What a cast does with values it cannot hold differs between versions of torch, so it never sees one.
+    return q.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` [..., K] → codes [..., K] and float32 scales [..., 1]. On a weight [out, in] this is per-channel.
+
+    A row with an infinity saturates: the infinity counts as the largest finite value of `x.dtype`. A row with a NaN
+    gets the scale NaN, so that its output is NaN in every column, as a float Linear's would be, and no other row is.
+    """
+    scale = absmax_to_scale(x.abs().amax(-1, keepdim=True), dtype)
+    return quantize(x, scale, dtype), scale
+
+
+def quantize_per_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` of any shape → codes of that shape and one float32 scale of shape []; a NaN anywhere makes it NaN."""
+    scale = absmax_to_scale(x.abs().amax(), dtype)
+    return quantize(x, scale, dtype), scale
+
+
+def pad_to(q: Tensor, rows: int, cols: int) -> Tensor:
+    """`q` [r, c] of an 8-bit type with zero codes added below and to the right: [rows, cols]. No copy if it fits."""
+    r, c = q.shape
+    if (r, c) == (rows, cols):
+        return q
+    return F.pad(q.view(torch.int8), (0, cols - c, 0, rows - r)).view(q.dtype)  # zero is the byte 0 in all of them
+
+
+def pad_weight(wq: Tensor) -> Tensor:
+    """`wq` [N, K] padded to multiples of `ALIGNMENT` both ways; itself where it already fits."""
+    n, k = wq.shape
+    return pad_to(wq, n + -n % ALIGNMENT, k + -k % ALIGNMENT)
+
+
+def int8_mm(x: Tensor, w: Tensor) -> Tensor:
+    """int8 [M, K] times int8 [N, K] transposed → the exact int32 [M, N]."""
+    if x.is_cuda or CPU_HAS_INT8_DOT:
+        m, k = x.shape
+        return torch._int_mm(pad_to(x, max(m, MIN_INT8_ROWS), k), w.t())[:m]
+    # The same integers in float32, a stretch of K at a time that float32 sums exactly.
+    parts = zip(x.split(EXACT_FLOAT32_K, 1), w.split(EXACT_FLOAT32_K, 1))
+    return sum((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)
+
+
+def fp8_mm(x: Tensor, w: Tensor) -> Tensor:
+    """fp8 [M, K] times fp8 [N, K] transposed → float32 [M, N]."""
+    if x.is_cuda:
+        one = x.new_ones((1, 1), dtype=torch.float32)
+        return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    # A product of two fp8 values is exact in float32. The upcast weights live for this call only: kept, they would
+    # take back four times the memory that fp8 saves.
+    return fp8_to_float32(x) @ fp8_to_float32(w).t()
+
+
+def fp8_to_float32(q: Tensor) -> Tensor:
+    """The float32 values of finite fp8 codes, 13 times faster than `q.float()` on a CPU (torch 2.13).
+
+    Both formats are float16 with bits left out: e5m2 is its upper byte; e4m3 has one exponent bit less, and a bias of
+    7 instead of 15, hence the factor 2⁸. Only e4m3's NaN is lost on the way (it reads as 480).
+    """
+    bits = q.view(torch.int8).to(torch.int16)
+    if q.dtype == torch.float8_e5m2:
+        return (bits << 8).view(torch.float16).float()
+    bits = (bits << 7) & 0xBFFF - 0x10000  # the sign was extended into the top exponent bit: clear it
+    return bits.view(torch.float16).float().mul_(2.0**8)
+
+
+def linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    padded_wq: Tensor | None = None,
+) -> Tensor:
+    """y = (xq · x_scale) @ (wq · w_scale)ᵀ + bias, multiplied in 8 bits, scaled and summed in float32.
+
+    Args:
+        xq: [..., K] int8 with an int8 weight, float8_e4m3fn or float8_e5m2 with a float8_e4m3fn weight.
+        x_scale: float32, one value, or one for each row: [..., 1].
+        wq: [N, K]; any N and K.
+        w_scale: float32, [1, 1] or [N, 1].
+        bias: [N] or None.
+        padded_wq: `pad_weight(wq)`, where the caller keeps it; otherwise it is made on each call.
+
+    Returns: [..., N] in `out_dtype`.
+    """
+    n = wq.shape[0]
+    w = pad_weight(wq) if padded_wq is None else padded_wq
+    x = xq.reshape(-1, xq.shape[-1]).contiguous()
+    x = pad_to(x, x.shape[0], w.shape[1])
+    x_scale = x_scale.reshape(-1, 1)
+    if x.is_cuda and x.dtype != torch.int8 and out_dtype == torch.bfloat16 and w.shape[0] == n:
+        y = _scaled_fp8_mm(x, x_scale, w, w_scale, bias)
+    else:
+        y = int8_mm(x, w) if x.dtype == torch.int8 else fp8_mm(x, w)
+        y = y[:, :n].float().mul_(x_scale)
+        y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
+    return y.to(out_dtype).view(*xq.shape[:-1], n)
+
+
+def _scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with scales and bias in its epilogue; row-wise scales are promised for a bfloat16 result only."""
+    if x_scale.numel() > 1 or w_scale.numel() > 1:  # row-wise means one scale a row on both sides
+        x_scale = x_scale.expand(x.shape[0], 1).contiguous()
+        w_scale = w_scale.expand(w.shape[0], 1).contiguous()
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return torch._scaled_mm(
+        x, w.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )

@@ -1,0 +1,17 @@
+"""Linear that scales each activation by what it holds: nothing to calibrate."""
+
+from torch import Tensor
+
+from dax.quant import functional as QF
+from dax.quant.nn.linear import QuantizedLinear
+from dax.quant.qscheme import per_token_symmetric
+
+
+class Linear(QuantizedLinear):
+    __doc__ = QuantizedLinear.__doc__
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` [..., in] → codes [..., in] and float32 scales: [..., 1] per token, [] per tensor."""
+        per_token = self.qconfig.activation_scheme is per_token_symmetric
+        quantize = QF.quantize_per_token if per_token else QF.quantize_per_tensor
+        return quantize(x, self.qconfig.activation_dtype)
