@@ -1,7 +1,8 @@
 """What both pipelines do the same way."""
 
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from inferix.errors import InputError
 from inferix.models.base_model import BaseModel
 from inferix.models.checkpoints import assign, read_distilled
 from inferix.pipelines.inference import CausalInferencePipeline
-from inferix.video import VideoWriter
+from inferix.video import VideoWriter, safe_file_name
 
 
 class Pipeline:
@@ -50,6 +51,8 @@ class Pipeline:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         base = BaseModel(wan_base_model_path or self.default_base_model_path)
         self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype)
+        self.stage_seconds: dict[str, list[float]] | None = None
+        """Set it to {} to have every stage's seconds recorded, call by call; the GPU is then waited for after each."""
 
     def _load(self, path: Path, key: str) -> None:
         assign(self.pipeline.generator.model, read_distilled(path, key), path)
@@ -58,6 +61,12 @@ class Pipeline:
     def setup_devices(self, low_memory: bool = False) -> None:
         """Move every part to the device, in the dtype it runs in."""
         self.pipeline.to_device()
+
+    def example_prompt(self) -> str:
+        """A prompt that the loaded model understands."""
+        if self.config.prompt_template is None:
+            return "A cat in a space suit walks across the moon, the blue Earth rising behind it"
+        return re.sub(r"\{([^|}]*)[^}]*\}", r"\1", self.config.prompt_template)
 
     def note_unknown(self, prompt: str) -> str | None:
         """One line about a prompt that the loaded model was not made for; None where there is nothing to say."""
@@ -76,6 +85,18 @@ class Pipeline:
 
     def _noise(self, batch: int, num_frames: int, generator: torch.Generator | None) -> Tensor:
         return self.pipeline.randn((batch, num_frames, *self.config.image_or_video_shape[2:]), generator)
+
+    def timed(self, stage: str, function: Callable, *args):
+        """``function(*args)``, its seconds recorded under ``stage`` where ``stage_seconds`` is set (and a result came)."""
+        if self.stage_seconds is None:
+            return function(*args)
+        start = time.perf_counter()
+        result = function(*args)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if result is not None:  # None: the iterator that ``next`` was called on has ended
+            self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+        return result
 
     def seeded(self, seed: int) -> torch.Generator:
         """A generator on the pipeline's device."""
@@ -104,6 +125,14 @@ def save(frames: Iterable[Tensor], paths: list[Path], total_blocks: int | None, 
     for writer in writers:
         writer.__exit__(None, None, None)
     return paths
+
+
+def file_stems(prompts: list[str], with_index: bool) -> list[str]:
+    """A file name for every prompt: its number or its words, and both where the words of two prompts come out alike."""
+    names = [safe_file_name(prompt) for prompt in prompts]
+    if with_index:
+        return [str(index) for index in range(len(prompts))]
+    return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
 
 
 def joined(pieces: Iterator[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """CausVid (https://arxiv.org/abs/2412.07772): long videos as rollouts that overlap."""
 
 from collections.abc import Iterable, Iterator
-from itertools import repeat
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -32,16 +32,20 @@ class CausVidPipeline(Pipeline):
         )
 
     def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``model.pt`` in the folder ``path`` (or the file ``path`` itself)."""
+        """Load ``model.pt`` in the folder ``path``, where it may be in ``autoregressive_checkpoint`` as it is downloaded.
+
+        ``path`` may also be the file itself.
+        """
         path = Path(path)
         if path.is_dir():
-            path = path / "model.pt"
+            downloaded = path / "autoregressive_checkpoint" / "model.pt"
+            path = downloaded if downloaded.is_file() else path / "model.pt"
         self._load(path, "generator_ema" if use_ema else "generator")
 
     def stream(
         self,
         prompts: str | Iterable[str],
-        num_rollout: int = 3,
+        num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         generator: torch.Generator | None = None,
@@ -51,7 +55,7 @@ class CausVidPipeline(Pipeline):
         Args:
             prompts: one string (or a list of one) for all rollouts, a list with one a rollout, or an iterator, which is
                 asked for the next prompt when its rollout begins and may end the video by ending.
-            num_rollout: rollouts.
+            num_rollout: rollouts; None: as many as there are prompts (one prompt: for ever).
             num_overlap_frames: latent frames that a rollout takes over from the one before, a multiple of the block.
             num_frames: latent frames of a rollout, those taken over included.
             generator: source of all random draws.
@@ -59,29 +63,33 @@ class CausVidPipeline(Pipeline):
         Yields:
             Frames [1, t, 3, H, W] in [0, 1].
         """
-        self.check(num_rollout, num_overlap_frames, num_frames)
+        prompts = as_list(prompts)
+        self.check(prompts, num_rollout, num_overlap_frames, num_frames)
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one makes anew
         start_latents = None
-        for _, prompt in zip(range(num_rollout), each_rollout(prompts, num_rollout)):
-            embeds = self._encode([prompt])
+        same = isinstance(prompts, list) and len(prompts) == 1
+        for prompt in islice(cycle(prompts) if same else prompts, num_rollout):
+            embeds = self.timed("encode prompt", self._encode, [prompt])
             noise = self._noise(1, num_frames, generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]
-            decode, latents = StreamingDecoder(self.pipeline.vae), []
-            held = None
-            for block in self.pipeline.denoise(noise, embeds, start_latents, generator):
+            blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)
+            decode, latents, held = StreamingDecoder(self.pipeline.vae), [], None
+            while (block := self.timed("denoise", next, blocks, None)) is not None:
                 latents.append(block)
-                pixels = decode(block) if held is None else torch.cat([held, decode(block)], dim=1)
+                pixels = self.timed("decode", decode, block)
+                pixels = pixels if held is None else torch.cat([held, pixels], dim=1)
                 if pixels.shape[1] > repeated:
                     yield pixels[:, :-repeated]
                 held = pixels[:, -repeated:]
             first = self.pipeline.vae.encode(held[:, :1] * 2 - 1)
-            start_latents = torch.cat([first, torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]], dim=1)
+            last = torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]
+            start_latents = torch.cat([first, last], dim=1)
 
     def generate(
         self,
         prompts: str | Iterable[str],
-        num_rollout: int = 3,
+        num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         generator: torch.Generator | None = None,
@@ -93,26 +101,26 @@ class CausVidPipeline(Pipeline):
         self,
         prompts: str | Iterable[str],
         output_folder: str | Path,
-        num_rollout: int = 3,
+        num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         seed: int = 0,
         name: str | None = None,
     ) -> list[Path]:
         """Generate one video and save it as an MP4, named after the first prompt or ``name``; returns the file."""
-        self.check(num_rollout, num_overlap_frames, num_frames)
-        if not isinstance(prompts, str) and not isinstance(prompts, Iterator):
-            prompts = list(prompts)
-        first = prompts if isinstance(prompts, str) else prompts[0] if isinstance(prompts, list) and prompts else "video"
-        path = Path(output_folder) / f"{name or safe_file_name(first)}-{seed}.mp4"
+        prompts = as_list(prompts)
+        total = self.check(prompts, num_rollout, num_overlap_frames, num_frames)
+        name = name or safe_file_name(prompts[0] if isinstance(prompts, list) else "video")
+        path = Path(output_folder) / f"{name}-{seed}.mp4"
         pieces = self.stream(prompts, num_rollout, num_overlap_frames, num_frames, self.seeded(seed))
-        blocks = num_rollout * len(self.pipeline.blocks(num_frames))
-        return save(pieces, [path], blocks, "video")
+        return save(pieces, [path], total, "video")
 
-    def check(self, num_rollout: int, num_overlap_frames: int, num_frames: int) -> None:
-        """Raises InputError where the numbers do not make a video."""
+    def check(
+        self, prompts: list[str] | Iterator[str], num_rollout: int | None, num_overlap_frames: int, num_frames: int
+    ) -> int | None:
+        """Pieces that ``stream`` yields, None where that is open. Raises InputError where the numbers do not make one."""
         size = self.config.num_frame_per_block
-        if num_rollout < 1:
+        if num_rollout is not None and num_rollout < 1:
             raise InputError(f"num_rollout must be at least 1, not {num_rollout}")
         if num_frames < 1 or num_frames % size:
             raise InputError(f"a rollout of {num_frames} latent frames is no multiple of the block of {size}")
@@ -121,15 +129,15 @@ class CausVidPipeline(Pipeline):
                 f"num_overlap_frames must be a multiple of {size} below the rollout's {num_frames}, "
                 f"not {num_overlap_frames}"
             )
+        if isinstance(prompts, list) and len(prompts) != 1:
+            num_rollout = num_rollout or len(prompts)
+            if len(prompts) != num_rollout or not prompts:
+                raise InputError(f"{len(prompts)} prompts for {num_rollout} rollouts: give one, or one for each")
+        return None if num_rollout is None else num_rollout * (num_frames - num_overlap_frames) // size
 
 
-def each_rollout(prompts: str | Iterable[str], num_rollout: int) -> Iterator[str]:
-    """One prompt a rollout. Raises InputError where a list is neither one prompt nor as many as there are rollouts."""
+def as_list(prompts: str | Iterable[str]) -> list[str] | Iterator[str]:
+    """A string as a list of one, any collection as a list; an iterator stays one."""
     if isinstance(prompts, str):
-        return repeat(prompts)
-    if isinstance(prompts, Iterator):
-        return prompts
-    prompts = list(prompts)
-    if len(prompts) not in (1, num_rollout):
-        raise InputError(f"{len(prompts)} prompts for {num_rollout} rollouts: give one, or one for each")
-    return repeat(prompts[0]) if len(prompts) == 1 else iter(prompts)
+        return [prompts]
+    return prompts if isinstance(prompts, Iterator) else list(prompts)

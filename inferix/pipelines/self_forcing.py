@@ -3,16 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.models.vae import StreamingDecoder
-from inferix.pipelines.base import Pipeline, joined, save
-from inferix.video import safe_file_name
+from inferix.pipelines.base import Pipeline, file_stems, joined, save
 
 
 class SelfForcingPipeline(Pipeline):
@@ -41,15 +39,13 @@ class SelfForcingPipeline(Pipeline):
             Frames [B, t, 3, H, W] in [0, 1].
         """
         given = 0 if image is None else 1
-        if num_output_frames - given < 1:
-            raise InputError(f"num_output_frames must be positive, not {num_output_frames}")
-        self.pipeline.blocks(num_output_frames - given, given)
-        embeds = self._encode(prompts)
+        self.check(num_output_frames, given)
+        embeds = self.timed("encode prompt", self._encode, prompts)
         context = None if image is None else self._encode_image(image, len(prompts))
         noise = self._noise(len(prompts), num_output_frames - given, generator)
-        decode = StreamingDecoder(self.pipeline.vae)
-        for latents in self.pipeline.denoise(noise, embeds, context, generator):
-            yield decode(latents)
+        blocks, decode = self.pipeline.denoise(noise, embeds, context, generator), StreamingDecoder(self.pipeline.vae)
+        while (latents := self.timed("denoise", next, blocks, None)) is not None:
+            yield self.timed("decode", decode, latents)
 
     def generate(
         self,
@@ -72,22 +68,36 @@ class SelfForcingPipeline(Pipeline):
         image: Tensor | None = None,
     ) -> list[Path]:
         """Generate ``num_samples`` videos of every prompt and save each as an MP4; returns the files written."""
+        given = 0 if image is None else 1
+        blocks = self.check(num_output_frames, given)
+        if num_samples < 1:
+            raise InputError(f"num_samples must be at least 1, not {num_samples}")
         files: list[Path] = []
-        for index, prompt in enumerate(prompts):
-            stem = str(index) if save_with_index else safe_file_name(prompt)
+        for number, (prompt, stem) in enumerate(zip(prompts, file_stems(prompts, save_with_index)), start=1):
             paths = [Path(output_folder) / f"{stem}-{seed}-{sample}.mp4" for sample in range(num_samples)]
             pieces = self.stream([prompt] * num_samples, num_output_frames, self.seeded(seed), image)
-            given = 0 if image is None else 1
-            blocks = self.pipeline.blocks(num_output_frames - given, given)
-            files += save(pieces, paths, len(blocks), f"prompt {index + 1}/{len(prompts)}")
+            files += save(pieces, paths, len(blocks), f"prompt {number}/{len(prompts)}")
         return files
 
     def run_image_to_video(
-        self, prompts: list[str], image_path: str | Path, output_folder: str | Path, num_output_frames: int = 19, **options
+        self,
+        prompts: list[str],
+        image_path: str | Path,
+        output_folder: str | Path,
+        num_output_frames: int = 19,
+        **options,
     ) -> list[Path]:
         """``run_text_to_video`` that starts from the image at ``image_path``, scaled and cropped to the video's size."""
         image = self.read_image(image_path)
         return self.run_text_to_video(prompts, output_folder, num_output_frames, image=image, **options)
+
+    def check(self, num_output_frames: int, num_given: int = 0) -> list[int]:
+        """The frames of every block. Raises InputError where they do not make a video."""
+        size = self.config.num_frame_per_block
+        if num_output_frames <= num_given or (num_output_frames - num_given) % size:
+            wanted = f"a multiple of {size}" + (f" plus {num_given} for the image" if num_given else "")
+            raise InputError(f"num_output_frames must be positive and {wanted}, not {num_output_frames}")
+        return self.pipeline.blocks(num_output_frames - num_given, num_given)
 
     def read_image(self, path: str | Path) -> Tensor:
         """An image file as [3, H, W] in [-1, 1], scaled to cover the video's size and cropped in the middle.
@@ -96,12 +106,11 @@ class SelfForcingPipeline(Pipeline):
         """
         height, width = (8 * size for size in self.config.image_or_video_shape[-2:])
         try:
-            pixels = iio.imread(path, mode="RGB", index=0)
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except FileNotFoundError:
             raise InputError(f"image {path} not found") from None
-        except (OSError, ValueError, UnidentifiedImageError):
-            raise InputError(f"image {path} cannot be read; use a PNG or JPEG file") from None
-        image = Image.fromarray(pixels)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise InputError(f"image {path} cannot be read: use a PNG or JPEG file") from None
         scale = max(height / image.height, width / image.width)
         image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
         left, top = (image.width - width) // 2, (image.height - height) // 2

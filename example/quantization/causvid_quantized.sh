@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Text to video of any length with CausVid, quantized. Every flag of run_causvid_quantized.py has a variable here:
+#   PROMPT="A beautiful sunset over the ocean" NUM_ROLLOUT=6 ./example/quantization/causvid_quantized.sh
+# An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON=python3
+if [[ -z "${VIRTUAL_ENV:-}" && -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi
+if ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("torch") and u.find_spec("diffusers")))'; then
+    echo "error: $PYTHON lacks what generation needs: run $ROOT/setup.sh first" >&2
+    exit 2
+fi
+
+exec "$PYTHON" "$ROOT/example/quantization/run_causvid_quantized.py" \
+    ${CONFIG_PATH:+--config_path "$CONFIG_PATH"} \
+    ${DEFAULT_CONFIG_PATH:+--default_config_path "$DEFAULT_CONFIG_PATH"} \
+    ${WAN_BASE_MODEL_PATH:+--wan_base_model_path "$WAN_BASE_MODEL_PATH"} \
+    ${CHECKPOINT_FOLDER:+--checkpoint_folder "$CHECKPOINT_FOLDER"} \
+    ${PROMPT+--prompt "$PROMPT"} \
+    ${DIFF_PROMPT:+--diff_prompt "$DIFF_PROMPT"} \
+    ${DIFF_PROMPT_FILE:+--diff_prompt_file "$DIFF_PROMPT_FILE"} \
+    ${IS_INTERACTIVE:+--is_interactive "$IS_INTERACTIVE"} \
+    ${NUM_ROLLOUT:+--num_rollout "$NUM_ROLLOUT"} \
+    ${NUM_OVERLAP_FRAMES:+--num_overlap_frames "$NUM_OVERLAP_FRAMES"} \
+    ${SEED:+--seed "$SEED"} \
+    ${OUTPUT_FOLDER:+--output_folder "$OUTPUT_FOLDER"} \
+    ${QUANT_TYPE:+--quant_type "$QUANT_TYPE"} \
+    ${QUANT_GRANULARITY:+--quant_granularity "$QUANT_GRANULARITY"} \
+    ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
+    ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \
+    ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} \
+    ${RING_SIZE:+--ring_size "$RING_SIZE"} \
+    ${ENABLE_WEBRTC:+--enable_webrtc "$ENABLE_WEBRTC"} \
+    ${WEBRTC_HOST:+--webrtc_host "$WEBRTC_HOST"} \
+    ${WEBRTC_PORT:+--webrtc_port "$WEBRTC_PORT"} \
+    ${WEBRTC_EXIT:+--webrtc_exit "$WEBRTC_EXIT"} \
+    ${WEBRTC_WAIT:+--webrtc_wait "$WEBRTC_WAIT"} \
+    "$@"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Text (or image) to video with Self-Forcing, quantized. Every flag of run_self_forcing_quantized.py has a variable here:
+#   PROMPT="A cat dancing on the moon" QUANT_TYPE=int8 ./example/quantization/self_forcing_quantized.sh
+# An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON=python3
+if [[ -z "${VIRTUAL_ENV:-}" && -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi
+if ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("torch") and u.find_spec("diffusers")))'; then
+    echo "error: $PYTHON lacks what generation needs: run $ROOT/setup.sh first" >&2
+    exit 2
+fi
+
+exec "$PYTHON" "$ROOT/example/quantization/run_self_forcing_quantized.py" \
+    --use_ema "${USE_EMA:-true}" \
+    ${CONFIG_PATH:+--config_path "$CONFIG_PATH"} \
+    ${DEFAULT_CONFIG_PATH:+--default_config_path "$DEFAULT_CONFIG_PATH"} \
+    ${WAN_BASE_MODEL_PATH:+--wan_base_model_path "$WAN_BASE_MODEL_PATH"} \
+    ${CHECKPOINT_PATH:+--checkpoint_path "$CHECKPOINT_PATH"} \
+    ${PROMPT+--prompt "$PROMPT"} \
+    ${NUM_OUTPUT_FRAMES:+--num_output_frames "$NUM_OUTPUT_FRAMES"} \
+    ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"} \
+    ${I2V:+--i2v "$I2V"} \
+    ${IMAGE_PATH:+--image_path "$IMAGE_PATH"} \
+    ${SEED:+--seed "$SEED"} \
+    ${OUTPUT_FOLDER:+--output_folder "$OUTPUT_FOLDER"} \
+    ${SAVE_WITH_INDEX:+--save_with_index "$SAVE_WITH_INDEX"} \
+    ${QUANT_TYPE:+--quant_type "$QUANT_TYPE"} \
+    ${QUANT_GRANULARITY:+--quant_granularity "$QUANT_GRANULARITY"} \
+    ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
+    ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} \
+    ${RING_SIZE:+--ring_size "$RING_SIZE"} \
+    ${ENABLE_PROFILING:+--enable_profiling "$ENABLE_PROFILING"} \
+    ${ENABLE_WEBRTC:+--enable_webrtc "$ENABLE_WEBRTC"} \
+    ${WEBRTC_HOST:+--webrtc_host "$WEBRTC_HOST"} \
+    ${WEBRTC_PORT:+--webrtc_port "$WEBRTC_PORT"} \
+    ${WEBRTC_EXIT:+--webrtc_exit "$WEBRTC_EXIT"} \
+    ${WEBRTC_WAIT:+--webrtc_wait "$WEBRTC_WAIT"} \
+    "$@"

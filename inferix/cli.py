@@ -1,0 +1,243 @@
+"""What the runners under ``example/`` share: flags, where weights are, prompts, the closing report and exit codes."""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from os import environ
+from pathlib import Path
+
+import imageio_ffmpeg
+import torch
+import yaml
+from torch import nn
+
+from inferix.config import ParallelConfig
+from inferix.errors import InputError
+from inferix.pipelines.base import Pipeline
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Call ``main(argv)`` and return the exit code: 0 done, 2 bad input (one line on stderr), 130 Ctrl-C."""
+    if argv is None:  # a process of its own: let `kill` clean up half-written files as Ctrl-C does
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main(argv)
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and has the flags that both runners take."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+        add = self.add_argument
+        add("--config_path", type=Path, help="YAML config of the sampler")
+        add("--default_config_path", type=Path, help="YAML config that --config_path is laid over")
+        add("--wan_base_model_path", type=Path, help="folder of the base model")
+        add("--prompt", help="what to show; several prompts are separated by ;")
+        add("--output_folder", type=Path, help="where the MP4 files go (default: outputs/)")
+        add("--seed", type=int, default=0, help="the same seed gives the same video")
+        add("--quant_type", choices=("fp8", "int8"), default="fp8", help="8-bit format of weights and activations")
+        add(
+            "--quant_granularity",
+            choices=("per_token", "per_tensor"),
+            default="per_token",
+            help="per_token: a scale for every token and every weight channel; per_tensor: one for each tensor",
+        )
+        self.add_switch("--no_quantize", help="run in full precision, for comparison")
+        add("--ulysses_size", type=int, default=1, help="processes that share the attention heads")
+        add("--ring_size", type=int, default=1, help="processes that share the keys and values")
+        self.add_switch("--enable_webrtc", help="show the video in a browser while it is made")
+        add("--webrtc_host", default="127.0.0.1", help="address the page is served at")
+        add("--webrtc_port", type=int, default=8000, help="port the page is served at")
+        self.add_switch("--webrtc_exit", help="end after the last frame instead of going on serving the page")
+        self.add_switch("--webrtc_wait", help="begin when the first viewer has come")
+
+    def add_switch(self, flag: str, default: bool = False, **options) -> None:
+        """A flag that stands alone (true) or takes true, false, 1 or 0."""
+        self.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", **options)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags, and ``prompts``: the list that ``--prompt`` holds, None where it is not given."""
+        args = super().parse_args(argv)
+        args.prompts = None if args.prompt is None else split_prompts(args.prompt)
+        return args
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists what there is)")
+
+
+def boolean(text: str) -> bool:
+    """The word a person or a shell script uses for yes or no."""
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return words[text.lower()]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Three paths that belong together: a checkpoint fits one base model, and a config the two."""
+
+    config: Path | None
+    base: Path | None
+    checkpoint: Path | None
+
+
+def find_weights(given: Weights, real: Weights, demo: Weights) -> Weights:
+    """What the user gave, completed from ``real``; ``demo`` where nothing was given and ``real`` is not there.
+
+    Raises InputError where a path does not exist.
+    """
+    chosen = Weights(*(path or default for path, default in zip(astuple(given), astuple(real))))
+    missing = [path for path in astuple(chosen) if not path.exists()]
+    if not missing:
+        return chosen
+    if any(astuple(given)) or not all(path.exists() for path in astuple(demo)):
+        raise InputError(
+            f"{shown(missing[0])} not found: check the paths you set; weights/download.sh fetches the public weights"
+        )
+    print(f"{shown(missing[0])} not found (weights/download.sh fetches it): using the small demo model in weights/demo")
+    return demo
+
+
+def split_prompts(text: str) -> list[str]:
+    """``a; b`` to its prompts. Raises InputError where there is none."""
+    prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
+    if not prompts:
+        raise InputError("the prompt is empty: say what the video shows, several prompts separated by ;")
+    return prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: one a line, or a YAML file's list ``prompts``. Raises InputError where there are none."""
+    try:
+        text = path.read_text()
+        if path.suffix in (".yaml", ".yml"):
+            prompts = [str(prompt).strip() for prompt in yaml.safe_load(text)["prompts"]]
+        else:
+            prompts = [line.strip() for line in text.splitlines()]
+    except OSError as error:
+        raise InputError(f"prompt file {path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        raise InputError(
+            f"prompt file {path} is neither text, one prompt a line, nor YAML with a list 'prompts'"
+        ) from None
+    if not any(prompts):
+        raise InputError(f"prompt file {path} holds no prompt: write one a line")
+    return [prompt for prompt in prompts if prompt]
+
+
+def typed_prompts() -> Iterator[str]:
+    """A prompt from standard input whenever one is asked for; an empty line repeats the last, end of input ends it."""
+    prompt = ""
+    while True:
+        if sys.stdin.isatty():
+            print("\nnext prompt (Enter: the same again, Ctrl-D: the end): ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line and not prompt:
+            raise InputError("no prompt was typed: --is_interactive reads one a line from standard input")
+        if not line:
+            return
+        prompt = line.strip() or prompt
+        if prompt:
+            yield prompt
+
+
+def noted(prompts: list[str] | Iterator[str], pipeline: Pipeline) -> list[str] | Iterator[str]:
+    """The prompts as they are, a line printed for each that the model was not made for (when an iterator gives it)."""
+
+    def note(prompt: str) -> str:
+        if line := pipeline.note_unknown(prompt):
+            print(f"note: {line}")
+        return prompt
+
+    return [note(prompt) for prompt in prompts] if isinstance(prompts, list) else map(note, prompts)
+
+
+def parallel_config(ulysses_size: int, ring_size: int) -> ParallelConfig:
+    """How this process takes part in a ``torchrun`` job, from the variables that torchrun sets."""
+    rank, local_rank, world_size = (
+        int(environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if world_size > 1:
+        raise InputError("generation on several GPUs is not supported yet: start a single process")
+    return ParallelConfig(ulysses_size, ring_size, local_rank, rank, world_size)
+
+
+def check_can_quantize(quant_type: str) -> None:
+    """Raises InputError where ``dax`` is not installed, or the GPU has no such 8-bit arithmetic."""
+    try:
+        importlib.import_module("dax.quant.quantization")
+    except ImportError as error:
+        raise InputError(f"quantization needs DAX ({error}): pip install -e 3rd_party/DAX, or --no_quantize") from None
+    if quant_type == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise InputError(
+            f"{torch.cuda.get_device_name()} has no fp8 arithmetic: use QUANT_TYPE=int8 (--quant_type int8)"
+        )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the plain, unquantized Linears."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def largest_covers(names: list[str], among: list[str]) -> list[str]:
+    """The shortest dotted prefixes that cover all of ``names`` and nothing else of ``among``."""
+    covers: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:depth])
+            if all(other in names for other in among if f"{other}.".startswith(f"{prefix}.")):
+                covers[prefix] = None
+                break
+    return list(covers)
+
+
+class Report:
+    """What quantization did to a transformer: made before it, printed after generation."""
+
+    def __init__(self, transformer: nn.Module):
+        self.transformer = transformer
+        self.bytes = weight_bytes(transformer)
+        self.linears = linear_names(transformer)
+
+    def print(self, files: list[Path], seconds: float) -> None:
+        """One line for every file, for seconds, frames a second, weight memory and what stayed in high precision."""
+        frames = sum(imageio_ffmpeg.count_frames_and_secs(str(path))[0] for path in files)
+        before, after = (f"{size / 1e6:,.1f} MB" for size in (self.bytes, weight_bytes(self.transformer)))
+        left = linear_names(self.transformer)
+        kept = ", ".join(largest_covers(left, self.linears)) if left != self.linears else "everything"
+        for path in files:
+            print(f"file written       {shown(path)}")
+        print(f"seconds            {seconds:.1f} for {frames} frames")
+        print(f"frames per second  {frames / seconds:.1f}")
+        print(f"weight memory      {before} before quantization, {after} after")
+        print(f"high precision     {kept or 'nothing'}")
+
+
+def shown(path: Path) -> str:
+    """``path`` as a person in the current folder would write it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def print_stages(stage_seconds: dict[str, list[float]]) -> None:
+    """A line for every stage that ``Pipeline.timed`` has recorded: calls, seconds in all, and each call's."""
+    for stage, seconds in stage_seconds.items():
+        each = " ".join(f"{second:.3f}" for second in seconds)
+        print(f"{stage:<18} {sum(seconds):.3f} s in {len(seconds)}: {each}")
