@@ -3,37 +3,55 @@
 import torch
 from torch import Tensor
 
-from inferix.models.transformer import TransformerConfig, attention
+from inferix.models.attention import cache_attention
+from inferix.models.transformer import TransformerConfig
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated for ``num_frames`` latent frames.
+    """Keys and values of every layer, preallocated for a number of latent frames.
 
     A block of frames is placed with ``place`` and then run several times (the denoising steps, and once more when it is
     clean): every run overwrites the block's keys and values, and attends to them and to all before.
 
-    Beyond ``num_frames`` the cache rolls: a new frame takes the slot of the oldest one that is not among the first
+    Beyond that number the cache rolls: a new frame takes the slot of the oldest one that is not among the first
     ``sink_frames``. Attention does not depend on the order of keys, and their positions are rotated into them, so that
     nothing has to be moved.
+
+    Args:
+        config: the transformer's sizes.
+        shape: batch, latent frames, tokens a frame.
+        device: where it is kept.
+        dtype: what keys and values are kept in, and queries are compared to them in.
+        compute_dtype: what attention's results are in.
+        sink_frames: first frames that are never rolled over.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        batch: int,
-        num_frames: int,
-        tokens_per_frame: int,
+        shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         sink_frames: int = 0,
     ):
-        shape = (config.num_layers, batch, num_frames, tokens_per_frame, config.num_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.num_frames = num_frames
+        self.shape = shape
+        self.num_frames = shape[1]
         self.sink_frames = sink_frames
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype
+        layers = (config.num_layers, *shape, config.num_heads, config.head_dim)
+        self.keys, self.values = (torch.zeros(layers, device=device, dtype=dtype) for _ in range(2))
         self.text: list[tuple[Tensor, Tensor]] = []
-        """Every layer's cross-attention keys and values [B, L, H, d]: ``CausalWanTransformer.embed_text``."""
+        """Every layer's cross-attention keys and values [B, L, H, d]."""
+
+    def set_text(self, text: list[tuple[Tensor, Tensor]]) -> None:
+        """Take what ``CausalWanTransformer.embed_text`` gives, in the same place in memory every time."""
+        if not self.text:
+            self.text = text
+        for old, new in zip(self.text, text):
+            for stored, tensor in zip(old, new):
+                stored.copy_(tensor)
 
     def slot(self, frame: int) -> int:
         """Where the frame at absolute position ``frame`` is kept."""
@@ -49,8 +67,16 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v [B, T, H, d] of the placed frames, and let q [B, T, H, d] see all that is stored: [B, T, H*d]."""
         keys, values = self.keys[layer], self.values[layer]
-        for store, new in ((keys, k), (values, v)):
-            frames = new.unflatten(1, (len(self.slots), -1))
+        self.store(keys, k)
+        self.store(values, v)
+        keys, values = (stored[:, : self.valid_frames].flatten(1, 2) for stored in (keys, values))
+        return cache_attention(q, keys, values, self.compute_dtype)
+
+    def store(self, stored: Tensor, new: Tensor) -> None:
+        """Write [B, T, H, d] into the slots of the placed frames."""
+        frames, first = new.unflatten(1, (len(self.slots), -1)), self.slots[0]
+        if self.slots == list(range(first, first + len(self.slots))):
+            stored[:, first : first + len(self.slots)].copy_(frames)
+        else:  # a rolling window's end and start
             for i, slot in enumerate(self.slots):
-                store[:, slot].copy_(frames[:, i])
-        return attention(q, keys[:, : self.valid_frames].flatten(1, 2), values[:, : self.valid_frames].flatten(1, 2))
+                stored[:, slot].copy_(frames[:, i])

@@ -7,6 +7,7 @@ Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens a frame,
 """
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inferix.errors import InputError
+from inferix.models.attention import attention, saturating_cast
 
 
 @dataclass(frozen=True)
@@ -211,21 +213,17 @@ class Attention(nn.Module):
         return self.split_heads(self.norm_q(q)), self.split_heads(self.norm_k(k)), self.split_heads(v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of q [B, T, H, d] over k, v [B, K, H, d], as [B, T, H*d]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 class GELUProjection(nn.Module):
-    """Linear followed by tanh-approximated GELU."""
+    """Linear followed by GELU in its tanh form: (1 + tanh(u)) / 2 is written as sigmoid(2u), a third of a GPU's work."""
 
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        x = self.proj(x)
+        y = x.float()
+        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -244,8 +242,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention over time and space, cross-attention to the prompt, feed-forward.
 
-    There is no ``forward``: self-attention, which depends on the cache, stands between the two halves, and they depend
-    on nothing that changes from block to block of the video. One compiled graph of them serves all.
+    There is no ``forward``: self-attention, which needs the cache, stands between the two halves.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -262,12 +259,15 @@ class TransformerBlock(nn.Module):
         """The six shifts, scales and gates, each [B, F, 1, D], for time [B, F, 6, D]."""
         return (self.scale_shift_table + time).float().split(1, dim=2)
 
-    def before_attention(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, F, S, D] to rotated queries and keys, and values, each [B, F*S, H, d]."""
+    def before_attention(
+        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, F, S, D] to rotated queries and keys, and values, each [B, F*S, H, d] in ``dtype``."""
         shift, scale, *_ = self.modulation(time)
         hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
         query, key, value = self.attn1.query_key_value(hidden)
-        return apply_rope(query, rope), apply_rope(key, rope), value
+        rotated = apply_rope(query, rope), apply_rope(key, rope), value
+        return tuple(saturating_cast(tensor, dtype) for tensor in rotated)
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """What follows self-attention: x [B, F, S, D] and its result [B, F*S, D] to the block's output [B, F, S, D]."""
@@ -277,14 +277,6 @@ class TransformerBlock(nn.Module):
         x = x + self.attn2.to_out[0](attended).view_as(x)
         hidden = (self.norm3(x) * (1 + scale) + shift).to(x.dtype)
         return (x + self.ffn(hidden) * gate_ffn).to(x.dtype)
-
-
-def between_attentions(
-    block: TransformerBlock, following: TransformerBlock, x: Tensor, attended: Tensor, time: Tensor, rope, text
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """From one block's self-attention to the next one's: what a compiler can make of it, it makes in one piece."""
-    x = block.after_attention(x, attended, time, text)
-    return x, following.before_attention(x, time, rope)
 
 
 class CausalWanTransformer(nn.Module):
@@ -301,7 +293,6 @@ class CausalWanTransformer(nn.Module):
         self.norm_out = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
-        self.between = between_attentions
 
     def fuse_qkv(self) -> None:
         """Compute the queries, keys and values of self-attention in one product each; names and weights stay."""
@@ -324,20 +315,42 @@ class CausalWanTransformer(nn.Module):
             latents: noisy latents [B, F, C, h, w]; h and w are even.
             timestep: [B, F], in [0, 1000].
             rope: what ``self.rope`` gives for these frames.
-            cache: has ``text``, what ``self.embed_text`` gives, and ``attend(layer, q, k, v)``, which returns the
-                self-attention's result [B, F*S, D] for q, k and v [B, F*S, H, d]: see ``KVCache``.
+            cache: has ``text``, what ``self.embed_text`` gives, ``dtype``, and ``attend(layer, q, k, v)``, which returns
+                the self-attention's result [B, F*S, D] for q, k and v [B, F*S, H, d] in ``dtype``: see ``KVCache``.
 
         Returns:
             The flow [B, F, C, h, w] in the dtype of ``latents``.
         """
+        x, qkv, embedding, time = self.enter(latents, timestep, rope, cache.dtype)
+        for layer, (block, following) in enumerate(pairwise(self.blocks)):
+            attended = cache.attend(layer, *qkv)
+            x, qkv = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.dtype)
+        last = len(self.blocks) - 1
+        return self.leave(x, cache.attend(last, *qkv), embedding, time, cache.text[last], latents)
+
+    # All that is not self-attention is in these three. They depend on nothing that changes from block to block of the
+    # video, so that what ``compile`` makes of each serves every layer and every block.
+
+    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype):
+        """All before the first self-attention."""
         embedding, time = self.condition_embedder.embed_time(timestep)
         x = self.embed_patches(latents)
-        qkv = self.blocks[0].before_attention(x, time, rope)
-        for layer, (block, following) in enumerate(pairwise(self.blocks)):
-            x, qkv = self.between(block, following, x, cache.attend(layer, *qkv), time, rope, cache.text[layer])
-        last = len(self.blocks) - 1
-        x = self.blocks[last].after_attention(x, cache.attend(last, *qkv), time, cache.text[last])
-        return self.project_out(x, embedding, latents)
+        return x, self.blocks[0].before_attention(x, time, rope, dtype), embedding, time
+
+    @staticmethod
+    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, dtype: torch.dtype):
+        """From one block's self-attention to the next one's."""
+        x = block.after_attention(x, attended, time, text)
+        return x, following.before_attention(x, time, rope, dtype)
+
+    def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text, latents: Tensor) -> Tensor:
+        """All after the last self-attention."""
+        return self.project_out(self.blocks[-1].after_attention(x, attended, time, text), embedding, latents)
+
+    def compile(self) -> None:
+        """Let ``torch.compile`` fuse norms, modulation, rotation and quantization into few kernels."""
+        for part in ("enter", "between", "leave"):
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
 
     def embed_patches(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] to tokens [B, F, S, D]: the patch convolution, as one product."""

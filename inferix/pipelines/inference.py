@@ -1,6 +1,7 @@
 """From noise to clean latents, block by block: the loop that Self-Forcing and CausVid share."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,11 +22,52 @@ class WanDiffusionWrapper:
         self.scheduler = FlowMatchScheduler(
             config.timestep_shift, config.denoising_step_list, config.warp_denoising_step
         )
+        self.graphs: dict[tuple, CapturedForward] = {}
+        self.weights: list[int] = []
+
+    def prepare(self) -> None:
+        """Before a clip: fuse what can be fused, and forget what was captured of other weights."""
+        self.model.fuse_qkv()
+        weights = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
+        if weights != self.weights:
+            self.weights = weights
+            self.graphs.clear()
 
     def flow(self, latents: Tensor, timestep: float, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        """The predicted flow of latents [B, F, C, h, w] that are all at ``timestep``."""
+        """The predicted flow of latents [B, F, C, h, w] that are all at ``timestep``; valid until the next call."""
         timesteps = torch.full(latents.shape[:2], timestep, device=latents.device, dtype=torch.float32)
-        return self.model(latents, timesteps, rope, cache)
+        if not latents.is_cuda:
+            return self.model(latents, timesteps, rope, cache)
+        key = (id(cache), *cache.slots, cache.valid_frames, latents.shape)
+        if key not in self.graphs:
+            self.graphs[key] = CapturedForward(self.model, latents, timesteps, rope, cache)
+        return self.graphs[key](latents, timesteps, *rope)
+
+
+class CapturedForward:
+    """One forward of the transformer as a CUDA graph: for one place in one cache, whose tensors must stay where they are."""
+
+    pool = None
+    """The memory that all graphs share: they run one after the other, and each result is used before the next."""
+
+    def __init__(self, model: CausalWanTransformer, latents: Tensor, timesteps: Tensor, rope, cache: KVCache):
+        self.inputs = [tensor.clone() for tensor in (latents, timesteps, *rope)]
+        latents, timesteps, *rope = self.inputs
+        stream = torch.cuda.Stream()  # warm up where nothing else runs: compiling and choosing kernels is not captured
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(latents, timesteps, tuple(rope), cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        CapturedForward.pool = CapturedForward.pool or torch.cuda.graph_pool_handle()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=CapturedForward.pool):
+            self.output = model(latents, timesteps, tuple(rope), cache)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for static, tensor in zip(self.inputs, inputs):
+            static.copy_(tensor)
+        self.graph.replay()
+        return self.output
 
 
 class CausalInferencePipeline:
@@ -38,10 +80,15 @@ class CausalInferencePipeline:
         self.generator = WanDiffusionWrapper(base.transformer(), config)
         self.text_encoder = base.text_encoder()
         self.vae = base.vae()
+        self.kv_cache_dtype = dtype
+        """``torch.float8_e4m3fn`` halves the cache and lets a Hopper GPU do attention in 8 bits."""
+        self.cache: KVCache | None = None
 
     def to_device(self) -> None:
         for part in (self.generator.model, self.text_encoder, self.vae):
             part.to(self.device, self.dtype)
+        if self.device.type == "cuda":
+            self.generator.model.compile()
 
     def randn(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
         """One draw, on the generator's own device, so that a seed means the same wherever the model runs."""
@@ -80,9 +127,9 @@ class CausalInferencePipeline:
         """
         context = noise[:, :0] if context is None else context
         given, (batch, _, _, height, width) = context.shape[1], noise.shape
-        self.generator.model.fuse_qkv()
-        model, cache = self.generator.model, self.new_cache(batch, given + noise.shape[1], height * width // 4)
-        cache.text = model.embed_text(prompt_embeds.to(self.dtype))
+        self.generator.prepare()
+        model, cache = self.generator.model, self.empty_cache(batch, given + noise.shape[1], height * width // 4)
+        cache.set_text(model.embed_text(prompt_embeds.to(self.dtype)))
         latents = torch.cat([context.to(noise), noise], dim=1).to(self.dtype)
         start = 0
         for size in self.blocks(noise.shape[1], given):
@@ -97,23 +144,26 @@ class CausalInferencePipeline:
                 self.generator.flow(block, self.config.context_noise, rope, cache)
 
     def denoise_block(
-        self, latents: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, generator: torch.Generator | None
+        self, noise: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, generator: torch.Generator | None
     ) -> Tensor:
         """Noise [B, F, C, h, w] to clean latents: predict, re-noise to the next level, predict again."""
-        scheduler = self.generator.scheduler
-        for step, (timestep, sigma) in enumerate(zip(scheduler.denoising_timesteps, scheduler.denoising_sigmas)):
-            if step > 0:
-                latents = scheduler.add_noise(x0, self.randn(latents.shape, generator), sigma)
-            x0 = scheduler.to_x0(latents, self.generator.flow(latents, timestep, rope, cache), sigma)
+        scheduler, x0 = self.generator.scheduler, None
+        for timestep, sigma in zip(scheduler.denoising_timesteps, scheduler.denoising_sigmas):
+            noisy = noise if x0 is None else scheduler.add_noise(x0, self.randn(noise.shape, generator), sigma)
+            x0 = scheduler.to_x0(noisy, self.generator.flow(noisy, timestep, rope, cache), sigma)
         return x0
 
-    def new_cache(self, batch: int, num_frames: int, tokens_per_frame: int) -> KVCache:
-        """A cache for the whole clip, or for the rolling window that the config asks for."""
+    def empty_cache(self, batch: int, num_frames: int, tokens_per_frame: int) -> KVCache:
+        """A cache for the whole clip, or for the rolling window that the config asks for; the last clip's if it fits."""
         window = num_frames if self.config.local_attn_size == -1 else min(self.config.local_attn_size, num_frames)
-        model = self.generator.model
-        return KVCache(
-            model.config, batch, window, tokens_per_frame, self.device, self.dtype, sink_frames=self.config.sink_size
-        )
+        shape = (batch, window, tokens_per_frame)
+        if self.cache is None or self.cache.shape != shape or self.cache.dtype != self.kv_cache_dtype:
+            self.cache = None  # so that the old one's memory is free before the new one is made
+            self.generator.graphs.clear()
+            self.cache = KVCache(
+                self.generator.model.config, shape, self.device, self.kv_cache_dtype, self.dtype, self.config.sink_size
+            )
+        return self.cache
 
     @torch.no_grad()
     def inference(
