@@ -1,0 +1,40 @@
+"""What several test files use: the golden data, and pipelines loaded from it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in child processes: on models this small threads only wait
+
+import pytest
+import torch
+
+from inferix import CausVidPipeline, SelfForcingPipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/golden"
+BASE = GOLDEN / "Wan2.1-T2V-tiny"
+SELF_FORCING = GOLDEN / "self_forcing/checkpoints/self_forcing_dmd.pt"
+CAUSVID = GOLDEN / "CausVid/autoregressive_checkpoint"
+
+
+@pytest.fixture(scope="session")
+def self_forcing() -> SelfForcingPipeline:
+    """The golden Self-Forcing model, averaged weights, float32 on the CPU."""
+    config = ROOT / "example/self_forcing/configs/self_forcing_dmd.yaml"
+    pipeline = SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu", dtype=torch.float32)
+    pipeline.load_checkpoint(SELF_FORCING, use_ema=True)
+    pipeline.setup_devices()
+    pipeline.config = replace(pipeline.config, image_or_video_shape=(1, 9, 16, 8, 12))
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def causvid() -> CausVidPipeline:
+    """The golden CausVid model, float32 on the CPU."""
+    config = ROOT / "example/causvid/configs/causvid.yaml"
+    pipeline = CausVidPipeline(config, wan_base_model_path=BASE, device="cpu", dtype=torch.float32)
+    pipeline.load_checkpoint(CAUSVID)
+    pipeline.setup_devices()
+    pipeline.config = replace(pipeline.config, image_or_video_shape=(1, 9, 16, 8, 12))
+    return pipeline
