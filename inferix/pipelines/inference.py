@@ -86,7 +86,8 @@ class CausalInferencePipeline:
 
     def to_device(self) -> None:
         for part in (self.generator.model, self.text_encoder, self.vae):
-            part.to(self.device, self.dtype)
+            if part is not None:
+                part.to(self.device, self.dtype)
         if self.device.type == "cuda":
             self.generator.model.compile()
 
