@@ -1,0 +1,208 @@
+"""Trains the embedded model from nothing and writes it to weights/demo: see README.md for the figures.
+
+    python example/demo_model/train.py
+
+Stages: the VAE on rendered clips; the text encoder and the base transformer on the VAE's latents of every video of the
+world; then, from the base, the few-step models of Self-Forcing and CausVid. Each stage is written as soon as it is
+done, and ``--resume`` takes the stages that are there as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import export  # noqa: E402
+import generator  # noqa: E402
+from score import CRITERIA, score  # noqa: E402
+from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
+from vae import build_vae, decode, encode, half_precision, normalize, train_vae, whole_clip  # noqa: E402
+from world import SCENES, STARTS, Scene, render  # noqa: E402
+
+from inferix.models.transformer import CausalWanTransformer  # noqa: E402
+
+class Trainer:
+    """The stages, and the files that they leave."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = build_tokenizer()
+        args.work_folder.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str, modules: dict[str, torch.nn.Module], train) -> None:
+        """Load what an earlier run left of the stage, or run it and keep it."""
+        path = self.args.work_folder / f"{name}.pt"
+        if self.args.resume and path.exists():
+            states = torch.load(path, map_location=self.device, weights_only=True)
+            for key, module in modules.items():
+                module.load_state_dict(states[key])
+            print(f"{name}: taken from {path}", flush=True)
+            return
+        torch.manual_seed(self.args.seed)
+        start = time.perf_counter()
+        train()
+        torch.save({key: module.state_dict() for key, module in modules.items()}, path)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    def logger(self, name: str):
+        start = time.perf_counter()
+
+        def log(step: int, steps: int, **values: Tensor) -> None:
+            if step % max(1, steps // 25) == 0 or step in (5, 20) or step == steps - 1:
+                shown = "  ".join(f"{key} {value.item():.5f}" for key, value in values.items())
+                pace = (time.perf_counter() - start) / (step + 1)
+                print(f"{name} {step:5d}/{steps}  {shown}  {pace:.3f} s/step", flush=True)
+
+        return log
+
+    def run(self) -> None:
+        self.train_vae()
+        self.world = self.encode_world()
+        self.encoder = build_text_encoder(len(self.tokenizer)).to(self.device)
+        base = CausalWanTransformer(generator.CONFIG).to(self.device)
+        self.train_base(base)
+        for name in generator.SCHEDULES:
+            self.tune(name, copy.deepcopy(base))
+
+    def train_vae(self) -> None:
+        self.vae = whole_clip(build_vae()).to(self.device)
+
+        def train():
+            train_vae(self.vae, self.args.vae_steps, self.args.vae_batch, self.logger("vae"))
+            normalize(self.vae)
+
+        self.stage("vae", {"vae": self.vae}, train)
+        self.vae.eval().requires_grad_(False)
+        export.export_vae(self.vae, self.args.output_folder)
+        shape = (1, 1, -1, 1, 1)
+        config = self.vae.config
+        self.mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
+        self.std = torch.tensor(config.latents_std, device=self.device).view(shape)
+
+    @torch.no_grad()
+    def encode_world(self) -> generator.World:
+        """Every prompt from every start; the first prompts' videos also there and back, to see what the VAE keeps."""
+        start, frames, latents = time.perf_counter(), torch.arange(4 * generator.NUM_FRAMES - 3, device=self.device), []
+        for scene in SCENES:
+            for starts in (STARTS[i : i + 8] for i in range(0, len(STARTS), 8)):
+                pixels = torch.stack([render(scene, s, frames) for s in starts])
+                with half_precision(self.device):
+                    encoded = encode(self.vae, pixels).float().transpose(1, 2)
+                latents.append(((encoded - self.mean) / self.std).to(torch.bfloat16))
+        latents = torch.cat(latents).unflatten(0, (len(SCENES), len(STARTS)))
+        tokens = self.tokenizer(
+            [scene.prompt for scene in SCENES], padding="max_length", max_length=TEXT_LEN, return_tensors="pt"
+        ).to(self.device)
+        channels = latents[:, -1].float().std((0, 1, 3, 4))
+        print(f"latents: {time.perf_counter() - start:.0f} s, {list(latents.shape)}, spread {channels.tolist()}", flush=True)
+        self.report("vae", self.checked_scenes(), latents[self.checked_prompts(), -1])
+        return generator.World(latents, tokens.input_ids, tokens.attention_mask)
+
+    def train_base(self, model: CausalWanTransformer) -> None:
+        def train():
+            parameters = [*model.parameters(), *self.encoder.parameters()]
+
+            def losses():
+                while True:
+                    yield generator.base_loss(model, self.encoder, self.world, self.args.batch)
+
+            generator.fit(parameters, losses(), self.args.base_steps, 1e-3, self.logger("base"))
+
+        self.stage("base", {"transformer": model, "text_encoder": self.encoder}, train)
+        model.eval()
+        self.encoder.eval().requires_grad_(False)
+        export.export_text_encoder(self.encoder, self.tokenizer, self.args.output_folder)
+        export.export_base(model, self.args.output_folder)
+        for name in generator.SCHEDULES:
+            self.sample(f"base-{name}", name, model)
+
+    def tune(self, name: str, model: CausalWanTransformer) -> None:
+        def train():
+            schedule = generator.SCHEDULES[name]
+
+            def losses():
+                while True:
+                    yield from generator.rollout_losses(model, self.encoder, self.world, schedule, self.args.batch, passes=3)
+                    yield generator.base_loss(model, self.encoder, self.world, self.args.batch)
+
+            steps = self.args.tune_steps
+            generator.fit(list(model.parameters()), losses(), steps, 3e-4, self.logger(name))
+
+        self.stage(name, {"transformer": model}, train)
+        if name == "self_forcing":
+            export.export_distilled(model, self.args.output_folder / export.SELF_FORCING, ("generator", "generator_ema"))
+        else:
+            export.export_distilled(model, self.args.output_folder / export.CAUSVID, ("generator",))
+        self.sample(name, name, model)
+
+    def checked_prompts(self) -> list[int]:
+        return list(range(0, len(SCENES), max(1, len(SCENES) // 48)))
+
+    def checked_scenes(self) -> list[Scene]:
+        return [SCENES[i] for i in self.checked_prompts()]
+
+    @torch.no_grad()
+    def sample(self, title: str, schedule: str, model: CausalWanTransformer) -> None:
+        """Generate some prompts' videos and report what they show."""
+        prompt = torch.tensor(self.checked_prompts(), device=self.device)
+        shape = (len(prompt), *self.world.latents.shape[2:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
+        with half_precision(self.device):
+            latents, _ = generator.rollout(
+                model,
+                self.world.embed(self.encoder, prompt),
+                generator.SCHEDULES[schedule],
+                noise,
+                noise[:, :0],
+                generator.video_blocks(image=False),
+            )
+        starts = self.world.nearest_start(prompt, latents[:, : generator.BLOCK])
+        error = (latents - self.world.latents[prompt, starts]).square().mean((0, 2, 3, 4))
+        print(f"{title}: distance to the nearest true latents per frame {[round(e, 4) for e in error.tolist()]}, "
+              f"{len(starts.unique())} of {len(STARTS)} starts", flush=True)
+        self.report(title, self.checked_scenes(), latents)
+
+    @torch.no_grad()
+    def report(self, title: str, scenes: list[Scene], latents: Tensor) -> None:
+        """Decode latents [B, F, 16, h, w], print how many videos show what they should, and save some as a picture."""
+        videos = []
+        for part in latents.split(8):
+            with half_precision(self.device):
+                videos.append(decode(self.vae, (part * self.std + self.mean).transpose(1, 2)).clamp(0, 1).float())
+        videos = torch.cat(videos)
+        results = [score(video, scene) for video, scene in zip(videos, scenes)]
+        right = {name: sum(result[name] for result in results) for name in CRITERIA}
+        every = sum(all(result.values()) for result in results)
+        print(f"{title}: {every}/{len(scenes)} right, {right}", flush=True)
+        picture = videos[:: max(1, len(videos) // 8), ::10].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        iio.imwrite(self.args.work_folder / f"{title}.png", (picture * 255).byte().cpu().numpy())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vae_steps", type=int, default=1600)
+    parser.add_argument("--base_steps", type=int, default=2500)
+    parser.add_argument("--tune_steps", type=int, default=400)
+    parser.add_argument("--vae_batch", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_folder", type=Path, default=ROOT / "weights/demo")
+    parser.add_argument("--work_folder", type=Path, default=ROOT / "outputs/demo_model", help="stages and samples")
+    parser.add_argument("--resume", action="store_true", help="take the stages in --work_folder as they are")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    Trainer(parser.parse_args(arguments)).run()
+
+
+if __name__ == "__main__":
+    main()
