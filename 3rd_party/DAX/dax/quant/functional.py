@@ -33,8 +33,8 @@ def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     It is at least the smallest normal float32, so a group of zeros or denormals gets codes of zero and its reciprocal
     stays finite; for an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays NaN.
     """
-    largest = min(torch.finfo(absmax.dtype).max, FLOAT32.max) / QMAX[dtype]
-    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest)
+    largest = min(torch.finfo(absmax.dtype).max, FLOAT32.max * (1 - FLOAT32.eps))  # room for rounding: stays finite
+    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest / QMAX[dtype])
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,20 +96,22 @@ def fp8_mm(x: Tensor, w: Tensor) -> Tensor:
         return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
     # A product of two fp8 values is exact in float32. The upcast weights live for this call only: kept, they would
     # take back four times the memory that fp8 saves.
-    return fp8_to_float32(x) @ fp8_to_float32(w).t()
+    (x, x_unit), (w, w_unit) = fp8_to_float32(x), fp8_to_float32(w)
+    return torch.addmm(x.new_zeros(()), x, w.t(), beta=0, alpha=x_unit * w_unit)
 
 
-def fp8_to_float32(q: Tensor) -> Tensor:
-    """The float32 values of finite fp8 codes, 13 times faster than `q.float()` on a CPU (torch 2.13).
+def fp8_to_float32(q: Tensor) -> tuple[Tensor, float]:
+    """Finite fp8 codes as float32 values and the power of two that they still lack: q = values · unit, exactly.
 
     Both formats are float16 with bits left out: e5m2 is its upper byte; e4m3 has one exponent bit less, and a bias of
-    7 instead of 15, hence the factor 2⁸. Only e4m3's NaN is lost on the way (it reads as 480).
+    7 instead of 15, hence the unit of 2⁸. On a CPU this is up to 13 times faster than `q.float()` (torch 2.13). Only
+    e4m3's NaN is lost on the way (it reads as 480).
     """
     bits = q.view(torch.int8).to(torch.int16)
     if q.dtype == torch.float8_e5m2:
-        return (bits << 8).view(torch.float16).float()
-    bits = (bits << 7) & 0xBFFF - 0x10000  # the sign was extended into the top exponent bit: clear it
-    return bits.view(torch.float16).float().mul_(2.0**8)
+        return bits.bitwise_left_shift_(8).view(torch.float16).float(), 1.0
+    keep = 0xBFFF - 0x10000  # as int16: all but the top exponent bit, into which the sign was extended
+    return bits.bitwise_left_shift_(7).bitwise_and_(keep).view(torch.float16).float(), 2.0**8
 
 
 def linear(

@@ -60,7 +60,9 @@ def convert(model: nn.Module, inplace: bool = True) -> nn.Module:
     """Replaces what `prepare` marked by 8-bit layers; returns, warns and raises as `quantize_dynamic` does, and raises
     ValueError for a layer whose inputs calibration never showed."""
     model = model if inplace else copy.deepcopy(model)
-    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
+    linears = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear
+    }
     return replace_modules(
         model,
         {name: linear.qconfig for name, linear in linears.items() if hasattr(linear, "qconfig")},
