@@ -1,10 +1,12 @@
 """What the runners under ``example/`` share: flags, where weights are, prompts, the closing report and exit codes."""
 
 import argparse
+import gc
 import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from os import environ
 from pathlib import Path
@@ -32,6 +34,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        if argv is None:
+            gc.freeze()  # spare the interpreter a last look at every object, which takes it longer than all the rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,8 +115,20 @@ def find_weights(given: Weights, real: Weights, demo: Weights) -> Weights:
     return demo
 
 
+def watched(args: argparse.Namespace) -> AbstractContextManager:
+    """The page on which the generation is watched, served while entered; None takes its place where nobody asked."""
+    if not args.enable_webrtc:
+        return nullcontext()
+    try:
+        from inferix.webrtc import Live, WebRTCConfig
+    except ImportError as error:
+        raise InputError(f"streaming needs aiortc and aiohttp ({error}): run ./setup.sh") from None
+    return Live(WebRTCConfig(args.webrtc_host, args.webrtc_port, args.webrtc_exit, args.webrtc_wait))
+
+
 def split_prompts(text: str) -> list[str]:
     """``a; b`` to its prompts. Raises InputError where there is none."""
+    text = text.encode(errors="replace").decode()  # arguments that are not UTF-8 come with lone surrogates
     prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
     if not prompts:
         raise InputError("the prompt is empty: say what the video shows, several prompts separated by ;")
@@ -143,7 +160,7 @@ def typed_prompts() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("\nnext prompt (Enter: the same again, Ctrl-D: the end): ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line and not prompt:
             raise InputError("no prompt was typed: --is_interactive reads one a line from standard input")
         if not line:
@@ -184,6 +201,11 @@ def check_can_quantize(quant_type: str) -> None:
         raise InputError(
             f"{torch.cuda.get_device_name()} has no fp8 arithmetic: use QUANT_TYPE=int8 (--quant_type int8)"
         )
+
+
+def quantization(args: argparse.Namespace) -> str:
+    """How a person would name it."""
+    return "none" if args.no_quantize else f"{args.quant_type}, {args.quant_granularity.replace('_', ' ')}"
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
 
 from inferix import CausVidPipeline, cli
-from inferix.errors import InputError
+from inferix.pipelines.base import save
 
 REAL = cli.Weights(
     config=ROOT / "example/causvid/configs/causvid.yaml",
@@ -69,8 +69,11 @@ def each_video(args, default_prompt):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.enable_webrtc:
-        raise InputError("--enable_webrtc is not supported yet")
+    with cli.watched(args) as live:  # None without --enable_webrtc
+        generate(args, live)
+
+
+def generate(args, live):
     if not args.no_quantize:
         cli.check_can_quantize(args.quant_type)
     given = cli.Weights(args.config_path, args.wan_base_model_path, args.checkpoint_folder)
@@ -92,21 +95,24 @@ def main(argv=None):
     report = cli.Report(transformer)
     if not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    if live:
+        live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="rollout")
 
     # Generate and save
     videos = each_video(args, pipeline.example_prompt())
-    files, start = [], time.perf_counter()
-    for prompts in videos:
-        same = isinstance(prompts, list) and len(prompts) == 1
-        files += pipeline.run_text_to_video(
+    for prompts in live.clips(videos) if live else videos:
+        same, start = isinstance(prompts, list) and len(prompts) == 1, time.perf_counter()
+        files = pipeline.run_text_to_video(
             cli.noted(prompts, pipeline),
             output_folder=args.output_folder or ROOT / "outputs",
             num_rollout=3 if same and args.num_rollout is None else args.num_rollout,
             num_overlap_frames=args.num_overlap_frames,
             num_frames=pipeline.config.image_or_video_shape[1],
             seed=args.seed,
+            sink=live.save if live else save,
+            steer=live.steered if live else iter,
         )
-    report.print(files, time.perf_counter() - start)
+        report.print(files, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
 
 from inferix import SelfForcingPipeline, cli
 from inferix.errors import InputError
+from inferix.pipelines.base import save
 
 REAL = cli.Weights(
     config=ROOT / "example/self_forcing/configs/self_forcing_dmd.yaml",
@@ -64,8 +65,11 @@ def quantize_transformer(transformer, quant_type="fp8", granularity="per_token")
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.enable_webrtc:
-        raise InputError("--enable_webrtc is not supported yet")
+    with cli.watched(args) as live:  # None without --enable_webrtc
+        generate(args, live)
+
+
+def generate(args, live):
     if not args.no_quantize:
         cli.check_can_quantize(args.quant_type)
     given = cli.Weights(args.config_path, args.wan_base_model_path, args.checkpoint_path)
@@ -87,22 +91,26 @@ def main(argv=None):
     report = cli.Report(transformer)
     if not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    if live:
+        live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="clip")
 
     # Generate and save
-    prompts = cli.noted(args.prompts or [pipeline.example_prompt()], pipeline)
+    prompts = args.prompts or [pipeline.example_prompt()]
     options = {
         "output_folder": args.output_folder or ROOT / "outputs",
         "num_output_frames": args.num_output_frames,
         "num_samples": args.num_samples,
         "seed": args.seed,
         "save_with_index": args.save_with_index,
+        "sink": live.save if live else save,
     }
-    start = time.perf_counter()
-    if args.i2v:
-        files = pipeline.run_image_to_video(prompts, args.image_path, **options)
-    else:
-        files = pipeline.run_text_to_video(prompts, **options)
-    report.print(files, time.perf_counter() - start)
+    for batch in live.clips([prompt] for prompt in prompts) if live else [prompts]:
+        batch, start = cli.noted(batch, pipeline), time.perf_counter()
+        if args.i2v:
+            files = pipeline.run_image_to_video(batch, args.image_path, **options)
+        else:
+            files = pipeline.run_text_to_video(batch, **options)
+        report.print(files, time.perf_counter() - start)
     cli.print_stages(pipeline.stage_seconds or {})
 
 

@@ -109,6 +109,10 @@ def template_pattern(template: str) -> str:
     return "".join(re.escape(part) if i % 2 == 0 else f"({part})" for i, part in enumerate(parts))
 
 
+Sink = Callable[[Iterator[Tensor], list[Path], int | None, str], list[Path]]
+"""Takes the frames of one clip: ``save``, or what also shows them."""
+
+
 def save(frames: Iterable[Tensor], paths: list[Path], total_blocks: int | None, description: str) -> list[Path]:
     """Write the pieces [B, t, 3, H, W] to B files as they come, with a progress bar over the blocks."""
     writers: list[VideoWriter] = []

@@ -1,6 +1,6 @@
 """CausVid (https://arxiv.org/abs/2412.07772): long videos as rollouts that overlap."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
 from inferix.models.vae import StreamingDecoder
-from inferix.pipelines.base import Pipeline, joined, save
+from inferix.pipelines.base import Pipeline, Sink, joined, save
 from inferix.video import safe_file_name
 
 
@@ -67,8 +67,7 @@ class CausVidPipeline(Pipeline):
         self.check(prompts, num_rollout, num_overlap_frames, num_frames)
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one makes anew
         start_latents = None
-        same = isinstance(prompts, list) and len(prompts) == 1
-        for prompt in islice(cycle(prompts) if same else prompts, num_rollout):
+        for prompt in islice(each_rollout(prompts), num_rollout):
             embeds = self.timed("encode prompt", self._encode, [prompt])
             noise = self._noise(1, num_frames, generator)
             if start_latents is not None:
@@ -106,14 +105,20 @@ class CausVidPipeline(Pipeline):
         num_frames: int = 21,
         seed: int = 0,
         name: str | None = None,
+        sink: Sink = save,
+        steer: Callable[[Iterator[str]], Iterator[str]] = iter,
     ) -> list[Path]:
-        """Generate one video and save it as an MP4, named after the first prompt or ``name``; returns the file."""
+        """Generate one video and save it as an MP4, named after the first prompt or ``name``; returns the file.
+
+        ``steer`` may change what the next rollout shows: it is given every rollout's prompt and gives the one to take.
+        """
         prompts = as_list(prompts)
         total = self.check(prompts, num_rollout, num_overlap_frames, num_frames)
         name = name or safe_file_name(prompts[0] if isinstance(prompts, list) else "video")
         path = Path(output_folder) / f"{name}-{seed}.mp4"
-        pieces = self.stream(prompts, num_rollout, num_overlap_frames, num_frames, self.seeded(seed))
-        return save(pieces, [path], total, "video")
+        rollouts = steer(each_rollout(prompts))
+        pieces = self.stream(rollouts, num_rollout, num_overlap_frames, num_frames, self.seeded(seed))
+        return sink(pieces, [path], total, "video")
 
     def check(
         self, prompts: list[str] | Iterator[str], num_rollout: int | None, num_overlap_frames: int, num_frames: int
@@ -141,3 +146,8 @@ def as_list(prompts: str | Iterable[str]) -> list[str] | Iterator[str]:
     if isinstance(prompts, str):
         return [prompts]
     return prompts if isinstance(prompts, Iterator) else list(prompts)
+
+
+def each_rollout(prompts: list[str] | Iterator[str]) -> Iterator[str]:
+    """One prompt a rollout; a single one for all of them."""
+    return cycle(prompts) if isinstance(prompts, list) and len(prompts) == 1 else iter(prompts)

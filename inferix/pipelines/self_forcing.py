@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.models.vae import StreamingDecoder
-from inferix.pipelines.base import Pipeline, file_stems, joined, save
+from inferix.pipelines.base import Pipeline, Sink, file_stems, joined, save
 
 
 class SelfForcingPipeline(Pipeline):
@@ -66,6 +66,7 @@ class SelfForcingPipeline(Pipeline):
         seed: int = 0,
         save_with_index: bool = False,
         image: Tensor | None = None,
+        sink: Sink = save,
     ) -> list[Path]:
         """Generate ``num_samples`` videos of every prompt and save each as an MP4; returns the files written."""
         given = 0 if image is None else 1
@@ -76,7 +77,7 @@ class SelfForcingPipeline(Pipeline):
         for number, (prompt, stem) in enumerate(zip(prompts, file_stems(prompts, save_with_index)), start=1):
             paths = [Path(output_folder) / f"{stem}-{seed}-{sample}.mp4" for sample in range(num_samples)]
             pieces = self.stream([prompt] * num_samples, num_output_frames, self.seeded(seed), image)
-            files += save(pieces, paths, len(blocks), f"prompt {number}/{len(prompts)}")
+            files += sink(pieces, paths, len(blocks), f"prompt {number}/{len(prompts)}")
         return files
 
     def run_image_to_video(
