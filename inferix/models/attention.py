@@ -72,13 +72,14 @@ def split_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, out_dtype
 
 
 def merge(out: Tensor, lse: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Results [P, H, T, d] over P parts of the keys, weighted by their log-sum-exps [P, H, T], to [1, T, H*d].
+    """Results [2, H, T, d] over two halves of the keys, and their log-sum-exps [2, H, T], to the whole's [1, T, H*d].
 
-    Without ``lse`` the first dimension is the batch's and stays.
+    Without ``lse`` they are one whole [B, H, T, d].
     """
     whole = out.float() / (OUTPUT_SCALE if out.dtype == FP8 else 1)
     if lse is not None:
-        whole = (whole * lse.softmax(0)[..., None]).sum(0, keepdim=True)
+        weight = torch.sigmoid(lse[0] - lse[1])[..., None]
+        whole = torch.lerp(whole[1], whole[0], weight)[None]
     return whole.transpose(1, 2).flatten(2).to(out_dtype)
 
 

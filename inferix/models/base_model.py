@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from inferix.errors import InputError
-from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer
-from inferix.models.text_encoder import TextEncoder
+from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
+from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from inferix.models.vae import WanVAE
 
@@ -37,14 +37,15 @@ class BaseModel:
 
     def vae(self) -> WanVAE:
         if self.diffusers:
-            return WanVAE(AutoencoderKLWan.from_pretrained(self.folder / "vae", local_files_only=True))
+            with reading(self.folder / "vae"):
+                return WanVAE(AutoencoderKLWan.from_pretrained(self.folder / "vae", local_files_only=True))
         return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
 
     def text_encoder(self) -> TextEncoder:
         if self.diffusers:
-            model = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-            return TextEncoder(model, tokenizer, self.config.text_len)
+            with reading(self.folder / "text_encoder"):
+                model = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
+            return TextEncoder(model, load_tokenizer(self.folder / "tokenizer"), self.config.text_len)
         return TextEncoder.from_files(
             self.folder / "models_t5_umt5-xxl-enc-bf16.pth", self.folder / "google/umt5-xxl", self.config.text_len
         )

@@ -5,11 +5,12 @@ memory-mapped, so that what is not used is not read.
 """
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,19 +19,26 @@ from inferix.errors import InputError
 StateDict = dict[str, Tensor]
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a library makes of a missing or damaged file, which may be any exception, into InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is no file of plain tensors, and is not opened for safety; download it again") from None
+    except FileNotFoundError:
+        raise InputError(f"{path} not found; see weights/README.md for where to get it") from None
+    except Exception:
+        raise InputError(f"{path} cannot be read: truncated, or of another kind; download it again") from None
+
+
 def load_pickle(path: Path) -> dict:
     """A ``.pt`` or ``.pth`` file, memory-mapped, tensors and plain containers alone.
 
     Raises InputError where it is missing, truncated, or holds anything that would run code.
     """
-    if not path.is_file():
-        raise InputError(f"{path} not found; see weights/README.md for where to get it")
-    try:
+    with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} is not a file of plain tensors, and is not loaded for safety; download it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise InputError(f"{path} cannot be read: truncated or not a PyTorch checkpoint; download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -38,12 +46,8 @@ def load_pickle(path: Path) -> dict:
 
 def load_safetensors(path: Path) -> StateDict:
     """A ``.safetensors`` file, memory-mapped. Raises InputError where it is missing or damaged."""
-    if not path.is_file():
-        raise InputError(f"{path} not found; see weights/README.md for where to get it")
-    try:
+    with reading(path):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError):
-        raise InputError(f"{path} cannot be read: truncated or not safetensors; download it again") from None
 
 
 def load_sharded_safetensors(folder: Path, stem: str) -> StateDict:
@@ -71,10 +75,14 @@ def read_distilled(path: Path, key: str) -> StateDict:
     Raises InputError where the file has no such key.
     """
     content = load_pickle(path)
-    if key not in content or not isinstance(content[key], dict):
+    if key not in content:
         found = ", ".join(map(str, list(content)[:4])) or "nothing"
-        raise InputError(f"{path} has no '{key}' (it holds: {found}); is it the right checkpoint?")
-    return read_transformer(content[key])
+        hint = "try --use_ema" if "generator_ema" in content else "is it the right checkpoint?"
+        raise InputError(f"{path} has no '{key}' (it holds: {found}); {hint}")
+    state = content[key]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path} does not hold named weights under '{key}'; is it the right checkpoint?")
+    return read_transformer(state)
 
 
 def assign(module: nn.Module, state: StateDict, source: Path) -> None:
@@ -89,7 +97,8 @@ def assign(module: nn.Module, state: StateDict, source: Path) -> None:
         what = f"lacks {len(missing)} tensors and has {len(unexpected)} unknown ones, such as {example}"
         raise InputError(f"{source} {what}: it is not the kind of model expected here")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}"
+        shape = getattr(tensor, "shape", ())
+        if shape != expected[name].shape:
+            shapes = f"{name} is {list(shape)}, not {list(expected[name].shape)}"
             raise InputError(f"{source} does not fit the base model ({shapes}): base and checkpoint must be of one size")
     module.load_state_dict(state, strict=True, assign=True)

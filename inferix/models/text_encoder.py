@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle
+from inferix.models.checkpoints import StateDict, assign, load_pickle, reading
 
 RENAMES = {
     r"^token_embedding\.": "shared.",
@@ -53,13 +53,21 @@ def umt5_config(state: StateDict) -> UMT5Config:
             relative_attention_num_buckets=num_buckets,
             feed_forward_proj="gated-gelu",
         )
-    except (KeyError, AttributeError, ValueError):
+    except (KeyError, AttributeError, ValueError, ZeroDivisionError):
         raise InputError("the text encoder file does not hold a UMT5 encoder; download it again") from None
 
 
 def clean(prompt: str) -> str:
     """Mend broken Unicode and HTML entities and fold white space, as Wan does before it tokenizes."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def load_tokenizer(folder: Path):
+    """A tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder} holds no tokenizer.json; see weights/README.md")
+    with reading(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 class TextEncoder:
@@ -78,9 +86,7 @@ class TextEncoder:
             model = UMT5EncoderModel(umt5_config(state))
         assign(model, convert_umt5_to_transformers(state), weights)
         model.tie_weights()
-        if not (tokenizer / "tokenizer.json").is_file():
-            raise InputError(f"{tokenizer} holds no tokenizer.json; see weights/README.md")
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), text_len)
+        return cls(model, load_tokenizer(tokenizer), text_len)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
         self.model.to(device, dtype)

@@ -8,6 +8,7 @@ Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens a frame,
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -155,8 +156,9 @@ class ConditionEmbedder(nn.Module):
         return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
-def first_tensor(module: nn.Module) -> Tensor:
-    return next(chain(module.parameters(), module.buffers()))
+def places(modules: Iterable[nn.Module]) -> list[int]:
+    """Where in memory the weights of ``modules`` are."""
+    return [tensor.data_ptr() for module in modules for tensor in chain(module.parameters(), module.buffers())]
 
 
 def fuse_linears(linears: list[nn.Module]) -> nn.Module:
@@ -189,12 +191,15 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.dim, config.eps)
         self.fused: tuple[nn.Module, ...] = ()
         """``to_q``, ``to_k`` and ``to_v`` as one layer, where ``fuse`` made it; in a tuple, so that it is no submodule."""
+        self.fused_places: list[int] = []
 
     def fuse(self) -> None:
         """Let queries, keys and values come from one product; again after the layers were replaced, loaded or moved."""
-        if not self.fused or first_tensor(self.fused[0]).data_ptr() != first_tensor(self.to_q).data_ptr():
+        layers = [self.to_q, self.to_k, self.to_v]
+        if not self.fused or self.fused_places != places(layers):
             self.fused = ()  # so that a stale one does not stay in memory beside the new
-            self.fused = (fuse_linears([self.to_q, self.to_k, self.to_v]),)
+            self.fused = (fuse_linears(layers),)
+            self.fused_places = places(layers)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, ..., D] to [B, tokens, H, d]."""

@@ -1,8 +1,9 @@
-"""The Wan 2.1 video VAE of diffusers, loaded from the original file, with a decoder that goes on block after block.
+"""The Wan 2.1 video VAE, loaded from the original file: diffusers' encoder, and a decoder that goes on block after block.
 
 Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 """
 
+import weakref
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.models.checkpoints import StateDict, assign, load_pickle
+from inferix.models.vae_decoder import ClipDecoder, VAEDecoder
 
 
 def vae_config(state: StateDict) -> dict:
@@ -32,7 +34,14 @@ class WanVAE:
     """Encode pixels, and decode latents whole or as a stream."""
 
     def __init__(self, model: AutoencoderKLWan):
+        """Takes over ``model``: keeps its encoder, and frees its decoder, whose weights ours has copied."""
+        if model.config.is_residual:
+            raise InputError("this is the Wan 2.2 VAE; the models here go with the Wan 2.1 VAE")
+        self.decoder = VAEDecoder(model)
         self.model = model.eval().requires_grad_(False)
+        self.model.decoder = None
+        self.idle: list[ClipDecoder] = []
+        """What streams that ended have left for the next: memory, and graphs that are tied to it."""
         shape = (1, 1, -1, 1, 1)
         self.mean = torch.tensor(model.config.latents_mean).view(shape)
         self.std = torch.tensor(model.config.latents_std).view(shape)
@@ -47,6 +56,8 @@ class WanVAE:
         return cls(model)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "WanVAE":
+        self.idle.clear()
+        self.decoder.to(device, dtype)
         torch.nn.Module.to(self.model, device, dtype)  # past diffusers' warning about modules it keeps in float32
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
@@ -62,6 +73,13 @@ class WanVAE:
         """Latents [B, F, 16, h, w] to pixels [B, T, 3, 8h, 8w] in [0, 1], float32."""
         return StreamingDecoder(self)(latents)
 
+    def borrow(self, shape: tuple[int, int, int]) -> ClipDecoder:
+        """A decoder for a new clip of (B, h, w), to be put back to ``idle``; those idle of another shape are dropped."""
+        self.idle[:] = [decoder for decoder in self.idle if decoder.shape == shape]
+        decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape)
+        decoder.clip.restart()
+        return decoder
+
 
 class StreamingDecoder:
     """Decodes one clip piece by piece: calling it with the pieces gives the pieces of what one whole call gives.
@@ -69,21 +87,19 @@ class StreamingDecoder:
     The first latent frame of the clip becomes one pixel frame, every other four.
     """
 
+    frames_at_once = 3
+    """Latent frames; bounds the memory, however long the piece."""
+
     def __init__(self, vae: WanVAE):
         self.vae = vae
-        self.first = True
-        self.features = [None] * vae.model._cached_conv_counts["decoder"]
-        """What every causal convolution saw last; diffusers' decoder reads and replaces it."""
+        self.clip: ClipDecoder | None = None
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents [B, F, 16, h, w] to pixels [B, t, 3, 8h, 8w] in [0, 1], float32."""
-        model = self.vae.model
-        latents = latents.to(model.device).float() * self.vae.std + self.vae.mean
-        hidden = model.post_quant_conv(latents.to(model.dtype).transpose(1, 2))
-        frames = []
-        for frame in hidden.split(1, dim=2):
-            frames.append(model.decoder(frame, feat_cache=self.features, feat_idx=[0], first_chunk=self.first))
-            self.first = False
-        pixels = torch.cat(frames, dim=2).transpose(1, 2).float()
-        return (pixels * 0.5 + 0.5).clamp(0, 1)
+        if self.clip is None:
+            self.clip = self.vae.borrow((latents.shape[0], *latents.shape[-2:]))
+            weakref.finalize(self, self.vae.idle.append, self.clip)
+        latents = (latents.to(self.vae.std.device).float() * self.vae.std + self.vae.mean).to(self.vae.model.dtype)
+        pieces = [self.clip(piece) for piece in latents.split(self.frames_at_once, dim=1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -1,7 +1,6 @@
 """From noise to clean latents, block by block: the loop that Self-Forcing and CausVid share."""
 
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from inferix.config import PipelineConfig
 from inferix.errors import InputError
 from inferix.models.base_model import BaseModel
 from inferix.models.kv_cache import KVCache
-from inferix.models.transformer import CausalWanTransformer
+from inferix.models.transformer import CausalWanTransformer, places
 from inferix.scheduler import FlowMatchScheduler
 
 
@@ -22,16 +21,21 @@ class WanDiffusionWrapper:
         self.scheduler = FlowMatchScheduler(
             config.timestep_shift, config.denoising_step_list, config.warp_denoising_step
         )
-        self.graphs: dict[tuple, CapturedForward] = {}
         self.weights: list[int] = []
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """To be called when what the graphs were captured of is gone."""
+        self.graphs: dict[tuple, CapturedForward] = {}
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        """Memory that all graphs share: they run one after the other, and each result is used before the next."""
 
     def prepare(self) -> None:
         """Before a clip: fuse what can be fused, and forget what was captured of other weights."""
         self.model.fuse_qkv()
-        weights = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
-        if weights != self.weights:
-            self.weights = weights
-            self.graphs.clear()
+        if self.weights != places([self.model]):
+            self.weights = places([self.model])
+            self.forget_graphs()
 
     def flow(self, latents: Tensor, timestep: float, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """The predicted flow of latents [B, F, C, h, w] that are all at ``timestep``; valid until the next call."""
@@ -40,17 +44,14 @@ class WanDiffusionWrapper:
             return self.model(latents, timesteps, rope, cache)
         key = (id(cache), *cache.slots, cache.valid_frames, latents.shape)
         if key not in self.graphs:
-            self.graphs[key] = CapturedForward(self.model, latents, timesteps, rope, cache)
+            self.graphs[key] = CapturedForward(self.model, latents, timesteps, rope, cache, self.pool)
         return self.graphs[key](latents, timesteps, *rope)
 
 
 class CapturedForward:
     """One forward of the transformer as a CUDA graph: for one place in one cache, whose tensors must stay where they are."""
 
-    pool = None
-    """The memory that all graphs share: they run one after the other, and each result is used before the next."""
-
-    def __init__(self, model: CausalWanTransformer, latents: Tensor, timesteps: Tensor, rope, cache: KVCache):
+    def __init__(self, model: CausalWanTransformer, latents: Tensor, timesteps: Tensor, rope, cache: KVCache, pool):
         self.inputs = [tensor.clone() for tensor in (latents, timesteps, *rope)]
         latents, timesteps, *rope = self.inputs
         stream = torch.cuda.Stream()  # warm up where nothing else runs: compiling and choosing kernels is not captured
@@ -58,9 +59,8 @@ class CapturedForward:
         with torch.cuda.stream(stream):
             model(latents, timesteps, tuple(rope), cache)
         torch.cuda.current_stream().wait_stream(stream)
-        CapturedForward.pool = CapturedForward.pool or torch.cuda.graph_pool_handle()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=CapturedForward.pool):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.output = model(latents, timesteps, tuple(rope), cache)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class CausalInferencePipeline:
         shape = (batch, window, tokens_per_frame)
         if self.cache is None or self.cache.shape != shape or self.cache.dtype != self.kv_cache_dtype:
             self.cache = None  # so that the old one's memory is free before the new one is made
-            self.generator.graphs.clear()
+            self.generator.forget_graphs()
             self.cache = KVCache(
                 self.generator.model.config, shape, self.device, self.kv_cache_dtype, self.dtype, self.config.sink_size
             )
