@@ -11,7 +11,6 @@ from dataclasses import astuple, dataclass
 from os import environ
 from pathlib import Path
 
-import imageio_ffmpeg
 import torch
 import yaml
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
 from inferix.pipelines.base import Pipeline
+from inferix.video import count_frames
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -241,7 +241,7 @@ class Report:
 
     def print(self, files: list[Path], seconds: float) -> None:
         """One line for every file, for seconds, frames a second, weight memory and what stayed in high precision."""
-        frames = sum(imageio_ffmpeg.count_frames_and_secs(str(path))[0] for path in files)
+        frames = sum(map(count_frames, files))
         before, after = (f"{size / 1e6:,.1f} MB" for size in (self.bytes, weight_bytes(self.transformer)))
         left = linear_names(self.transformer)
         kept = ", ".join(largest_covers(left, self.linears)) if left != self.linears else "everything"

@@ -23,6 +23,8 @@ class ParallelConfig:
     world_size: int = 1
 
     def __post_init__(self):
+        if min(self.ulysses_size, self.ring_size) < 1:
+            raise InputError(f"ulysses_size {self.ulysses_size} and ring_size {self.ring_size} must be at least 1")
         if self.ulysses_size * self.ring_size != self.world_size:
             raise InputError(
                 f"ulysses_size {self.ulysses_size} x ring_size {self.ring_size} is not the number of processes "
@@ -53,6 +55,38 @@ class PipelineConfig:
     prompt_template: str | None = None
     """What a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
 
+    def __post_init__(self):
+        steps, (*_, height, width) = self.denoising_step_list, self.image_or_video_shape
+        for right, wanted in (
+            (steps and 0 < min(steps) and max(steps) <= 1000, "denoising_step_list between 0 and 1000"),
+            (list(steps) == sorted(set(steps), reverse=True), "denoising_step_list in descending order"),
+            (self.timestep_shift > 0, "timestep_shift above 0"),
+            (self.num_frame_per_block > 0, "num_frame_per_block above 0"),
+            (0 <= self.context_noise <= 1000, "context_noise between 0 and 1000"),
+            (
+                self.local_attn_size == -1 or self.local_attn_size >= self.num_frame_per_block,
+                "local_attn_size of a block",
+            ),
+            (0 <= self.sink_size and self.sink_size != self.local_attn_size, "sink_size below local_attn_size"),
+            (
+                len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
+                "image_or_video_shape of 5 sizes",
+            ),
+            (height % 2 == 0 and width % 2 == 0, "image_or_video_shape with even height and width"),
+        ):
+            if not right:
+                raise ValueError(f"it needs {wanted}")
+
+
+KINDS = {
+    "denoising_step_list": lambda steps: tuple(int(step) for step in steps if int(step) != 0),
+    "timestep_shift": float,
+    "warp_denoising_step": bool,
+    "image_or_video_shape": lambda sizes: tuple(int(size) for size in sizes),
+    "prompt_template": str,
+}
+"""How a value of a config file is read; what is not listed is an integer."""
+
 
 def load_config(path: str | Path, default_path: str | Path | None = None) -> PipelineConfig:
     """Read ``path`` over ``default_path``.
@@ -61,22 +95,16 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
     """
     merged = OmegaConf.merge(*(_read_yaml(Path(p)) for p in (default_path, path) if p is not None))
     raw = OmegaConf.to_container(merged)
-    raw |= raw.get("model_kwargs") or {}  # Self-Forcing nests timestep_shift, local_attn_size and sink_size there
-    values = {name: raw[name] for name in PipelineConfig.__dataclass_fields__ if raw.get(name) is not None}
     try:
-        values["denoising_step_list"] = tuple(int(step) for step in values["denoising_step_list"] if int(step) > 0)
-        values["timestep_shift"] = float(values["timestep_shift"])
-        values["image_or_video_shape"] = tuple(
-            int(size) for size in values.get("image_or_video_shape", PipelineConfig.image_or_video_shape)
-        )
-        config = PipelineConfig(**values)
-        if not config.denoising_step_list or len(config.image_or_video_shape) != 5 or config.num_frame_per_block < 1:
-            raise ValueError("denoising_step_list, image_or_video_shape or num_frame_per_block is out of range")
-        return config
-    except KeyError as error:
-        raise InputError(f"{path} has no {error.args[0]}; compare it with the configs under example/") from None
+        raw |= raw.get("model_kwargs") or {}  # Self-Forcing nests timestep_shift, local_attn_size and sink_size there
+        names = [name for name in PipelineConfig.__dataclass_fields__ if raw.get(name) is not None]
+        if missing := {"denoising_step_list", "timestep_shift"} - set(names):
+            raise InputError(f"{path} has no {', '.join(sorted(missing))}; compare it with the configs under example/")
+        return PipelineConfig(**{name: KINDS.get(name, int)(raw[name]) for name in names})
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} has a wrong value: {error}") from None
 
 
 def _read_yaml(path: Path):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import torch
 from torch import Tensor
 
@@ -17,6 +18,14 @@ def safe_file_name(prompt: str, limit: int = 80) -> str:
     """A prompt as a file name without an ending: letters, digits and dashes of any script, at most ``limit`` bytes."""
     name = re.sub(r"[^\w]+", "-", prompt).strip("-_").encode()[:limit]
     return name.decode(errors="ignore").strip("-_") or "video"
+
+
+def count_frames(path: Path) -> int:
+    """Frames in a video file; 0 where it is none."""
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+    except RuntimeError:
+        return 0
 
 
 class VideoWriter:
@@ -47,16 +56,25 @@ class VideoWriter:
     def write(self, frames: Tensor) -> None:
         """Append frames [t, 3, H, W] in [0, 1]."""
         pixels = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for frame in pixels:
-            self.writer.append_data(frame)
+        try:
+            for frame in pixels:
+                self.writer.append_data(frame)
+        except OSError:  # the encoder has died; what imageio knows of it fills a page
+            raise self.failure() from None
         self.frames += len(pixels)
+
+    def failure(self) -> InputError:
+        return InputError(f"writing {self.path} failed: is the disk full?")
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         self.writer.close()
-        if error_type is None and self.frames:
+        complete = error_type is None and self.frames > 0
+        if complete and count_frames(self.partial) == self.frames:
             self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+            return
+        self.partial.unlink(missing_ok=True)
+        if complete:  # the encoder ended badly and said so to nobody
+            raise self.failure()

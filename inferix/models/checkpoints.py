@@ -25,7 +25,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is no file of plain tensors, and is not opened for safety; download it again") from None
+        raise InputError(
+            f"{path} is no file of plain tensors, and is not opened for safety; download it again"
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{path} not found; see weights/README.md for where to get it") from None
     except Exception:
@@ -100,5 +102,7 @@ def assign(module: nn.Module, state: StateDict, source: Path) -> None:
         shape = getattr(tensor, "shape", ())
         if shape != expected[name].shape:
             shapes = f"{name} is {list(shape)}, not {list(expected[name].shape)}"
-            raise InputError(f"{source} does not fit the base model ({shapes}): base and checkpoint must be of one size")
+            raise InputError(
+                f"{source} does not fit the base model ({shapes}): base and checkpoint must be of one size"
+            )
     module.load_state_dict(state, strict=True, assign=True)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -115,19 +116,11 @@ Sink = Callable[[Iterator[Tensor], list[Path], int | None, str], list[Path]]
 
 def save(frames: Iterable[Tensor], paths: list[Path], total_blocks: int | None, description: str) -> list[Path]:
     """Write the pieces [B, t, 3, H, W] to B files as they come, with a progress bar over the blocks."""
-    writers: list[VideoWriter] = []
-    try:
-        for path in paths:
-            writers.append(VideoWriter(path))
+    with ExitStack() as stack:
+        writers = [stack.enter_context(VideoWriter(path)) for path in paths]
         for piece in tqdm(frames, total=total_blocks, desc=description, unit="block"):
             for writer, video in zip(writers, piece):
                 writer.write(video)
-    except BaseException as error:
-        for writer in writers:
-            writer.__exit__(type(error), error, error.__traceback__)
-        raise
-    for writer in writers:
-        writer.__exit__(None, None, None)
     return paths
 
 
