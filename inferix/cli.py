@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         add("--wan_base_model_path", type=Path, help="folder of the base model")
         add("--prompt", help="what to show; several prompts are separated by ;")
         add("--output_folder", type=Path, help="where the MP4 files go (default: outputs/)")
-        add("--seed", type=int, default=0, help="the same seed gives the same video")
+        add("--seed", type=seed, default=0, help="the same seed gives the same video")
         add("--quant_type", choices=("fp8", "int8"), default="fp8", help="8-bit format of weights and activations")
         add(
             "--quant_granularity",
@@ -87,6 +87,13 @@ def boolean(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return words[text.lower()]
+
+
+def seed(text: str) -> int:
+    """A number that a random generator takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 2**63 - 1")
+    return int(text)
 
 
 @dataclass(frozen=True)

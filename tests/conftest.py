@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in child processes: on models this small threads only wait
 
@@ -16,6 +18,24 @@ GOLDEN = ROOT / "tests/golden"
 BASE = GOLDEN / "Wan2.1-T2V-tiny"
 SELF_FORCING = GOLDEN / "self_forcing/checkpoints/self_forcing_dmd.pt"
 CAUSVID = GOLDEN / "CausVid/autoregressive_checkpoint"
+
+
+def load_runner(name: str) -> ModuleType:
+    """``example/quantization/run_NAME_quantized.py`` as a module."""
+    spec = spec_from_file_location(name, ROOT / f"example/quantization/run_{name}_quantized.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_config(name: str, folder: Path, **changes: str) -> Path:
+    """``example/NAME.yaml`` for the golden models' size, some lines changed, as a new file in ``folder``."""
+    changes = {"image_or_video_shape": "[1, 9, 16, 8, 12]"} | changes
+    lines = (ROOT / f"example/{name}.yaml").read_text().splitlines()
+    kept = [line for line in lines if line.split(":")[0] not in changes]
+    path = folder / f"{Path(name).name}.yaml"
+    path.write_text("\n".join(kept + [f"{key}: {value}" for key, value in changes.items()]))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,11 @@ class TransformerConfig:
         Raises InputError where the file is missing, is no JSON or describes another kind of model.
         """
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = dict(json.loads(Path(path).read_text()))
         except FileNotFoundError:
             raise InputError(f"{path} not found: it describes the base model's sizes; see weights/README.md") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not valid JSON ({error}); download it again") from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a valid JSON object ({error}); download it again") from None
         if "num_attention_heads" in raw:  # diffusers' names
             raw |= {
                 "num_heads": raw["num_attention_heads"],
@@ -64,7 +64,10 @@ class TransformerConfig:
         missing = {"dim", "ffn_dim", "num_heads", "num_layers"} - raw.keys()
         if missing:
             raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is not the config of a Wan transformer")
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+        sizes = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        if not all(isinstance(size, int | float) and size > 0 for size in sizes.values()):
+            raise InputError(f"{path} has a size that is no positive number; download it again")
+        return cls(**sizes)
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
