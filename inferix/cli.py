@@ -1,14 +1,13 @@
 """What the runners under ``example/`` share: flags, where weights are, prompts, the closing report and exit codes."""
 
 import argparse
-import gc
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
-from os import environ
 from pathlib import Path
 
 import torch
@@ -33,10 +32,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+        if argv is None:  # all files are closed: spare whoever waits that the interpreter takes torch apart
+            sys.stdout.flush()
+            os._exit(130)
         return 130
-    finally:
-        if argv is None:
-            gc.freeze()  # spare the interpreter a last look at every object, which takes it longer than all the rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,7 +190,7 @@ def noted(prompts: list[str] | Iterator[str], pipeline: Pipeline) -> list[str] |
 def parallel_config(ulysses_size: int, ring_size: int) -> ParallelConfig:
     """How this process takes part in a ``torchrun`` job, from the variables that torchrun sets."""
     rank, local_rank, world_size = (
-        int(environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     if world_size > 1:
         raise InputError("generation on several GPUs is not supported yet: start a single process")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from inferix.webrtc.live import Live
 
 log = logging.getLogger(__name__)
+for library in ("aiohttp", "aioice", "aiortc"):  # what strangers send is no news, unless somebody set up logging
+    logging.getLogger(library).addHandler(logging.NullHandler())
 
 MAX_BODY = 64 * 1024
 MAX_PROMPT = 2000
@@ -47,7 +49,7 @@ class Server:
         self.watching: set[RTCPeerConnection] = set()
         self.page = Path(__file__).with_name("page.html").read_text()
         self.loop = asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: log.debug("%s", context))  # broken viewers are no news
+        self.loop.set_exception_handler(lambda loop, context: log.debug("%s", context))
         self.thread = threading.Thread(target=self.loop.run_forever, name="webrtc", daemon=True)
 
     @property
@@ -58,7 +60,7 @@ class Server:
         """Serve, and print where. Raises InputError where the address cannot be had."""
         self.thread.start()
         try:
-            url = self._call(self._open())
+            self.url = self._call(self._open())
         except (OSError, OverflowError) as error:
             self.close()
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -67,7 +69,7 @@ class Server:
                 f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
                 "--webrtc_port (WEBRTC_PORT=...)"
             ) from None
-        print(f"watch it at {url}", flush=True)
+        print(f"watch it at {self.url}", flush=True)
 
     def close(self) -> None:
         """Part with every viewer and stop serving, in about a second at most."""
