@@ -92,14 +92,14 @@ class StreamingDecoder:
 
     def __init__(self, vae: WanVAE):
         self.vae = vae
-        self.clip: ClipDecoder | None = None
+        self.decoder: ClipDecoder | None = None
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents [B, F, 16, h, w] to pixels [B, t, 3, 8h, 8w] in [0, 1], float32."""
-        if self.clip is None:
-            self.clip = self.vae.borrow((latents.shape[0], *latents.shape[-2:]))
-            weakref.finalize(self, self.vae.idle.append, self.clip)
+        if self.decoder is None:
+            self.decoder = self.vae.borrow((latents.shape[0], *latents.shape[-2:]))
+            weakref.finalize(self, self.vae.idle.append, self.decoder)
         latents = (latents.to(self.vae.std.device).float() * self.vae.std + self.vae.mean).to(self.vae.model.dtype)
-        pieces = [self.clip(piece) for piece in latents.split(self.frames_at_once, dim=1)]
+        pieces = [self.decoder(piece) for piece in latents.split(self.frames_at_once, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
