@@ -137,7 +137,9 @@ def test_codes_are_the_nearest(code, step, fine, dtype):
 
 @every_device
 @pytest.mark.parametrize(
-    "qconfig, k, decibel", [(INT8_TOKEN, 1536, 38.5), (INT8_TOKEN, 8960, 37.5), (FP8_TOKEN, 1536, 27.5)], ids=str
+    "qconfig, k, decibel",
+    [(INT8_TOKEN, 1536, 38.5), (INT8_TOKEN, 8960, 37.5), (FP8_TOKEN, 1536, 27.5)],
+    ids=["int8-1536", "int8-8960", "fp8-1536"],
 )
 def test_signal_to_noise_on_gaussian_data(qconfig, k, decibel, device):
     linear = nn.Linear(k, 256, bias=False, device=device)
@@ -227,6 +229,52 @@ def test_int8_product_is_exact(monkeypatch, int8_dot, m, k, n):
     x[0], w[0], w[1] = 127, 127, -127  # the largest sums of either sign
     y = QF.int8_mm(x, w)
     assert y.dtype == torch.int32 and y.equal((x.long() @ w.long().t()).int())
+
+
+def test_the_gpu_product_gets_the_shapes_that_it_takes(monkeypatch):
+    """CUDA's `_int_mm` refuses what the CPU's takes: this asks for CUDA's rules on the CPU."""
+    multiply, seen = torch._int_mm, []
+
+    def strict(x, w):
+        seen.append(x.shape)
+        assert x.shape[0] > 16 and x.shape[1] % 16 == 0 and w.shape[1] % 16 == 0
+        assert x.is_contiguous() and w.t().is_contiguous()
+        return multiply(x, w)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    monkeypatch.setattr(QF, "CPU_HAS_INT8_DOT", True)
+    for m, k, n in [(1, 32, 32), (16, 33, 5), (17, 100, 70), (192, 64, 130)]:
+        linear = layer(k, n, INT8_TOKEN)
+        for x in (torch.randn(m, k), torch.randn(k, m).t()):
+            linear(x)
+    assert len(seen) == 8
+
+
+def scaled_mm_by_cuda_rules(x, w, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+    """What CUDA's `_scaled_mm` takes, and gives. (The CPU's knows no row-wise scales in torch 2.11.)"""
+    (m, k), n = x.shape, w.shape[1]
+    assert x.is_contiguous() and w.t().is_contiguous() and k % 16 == 0 and n % 16 == 0
+    per_tensor = scale_a.numel() == scale_b.numel() == 1
+    assert per_tensor or (scale_a.shape == (m, 1) and scale_b.shape == (1, n))
+    assert scale_a.is_contiguous() and scale_b.is_contiguous() and scale_a.dtype == scale_b.dtype == torch.float32
+    assert out_dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
+    return ((x.double() * scale_a) @ (w.double() * scale_b) + (0 if bias is None else bias)).to(out_dtype)
+
+
+@every_device
+@pytest.mark.parametrize("activation", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("x_scheme", [QF.quantize_per_token, QF.quantize_per_tensor])
+@pytest.mark.parametrize("w_scheme", [QF.quantize_per_token, QF.quantize_per_tensor])
+@pytest.mark.parametrize("m, biased", [(1, True), (17, True), (17, False)])
+def test_product_with_scales_in_its_epilogue(m, biased, w_scheme, x_scheme, activation, device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm_by_cuda_rules)
+    x, w = torch.randn(m, 64, device=device), torch.randn(48, 64, device=device)
+    bias = torch.randn(48, device=device) if biased else None
+    (xq, x_scale), (wq, w_scale) = x_scheme(x, activation), w_scheme(w, E4M3)
+    y = QF.scaled_fp8_mm(xq, x_scale.reshape(-1, 1), wq, w_scale.reshape(-1, 1), bias)
+    expected = (xq.double() * x_scale) @ (wq.double() * w_scale).t() + (bias if biased else 0)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)

@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from dax.quant import kernels
+except ImportError:  # a build of torch without Triton, such as a CPU's
+    kernels = None
+
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -114,6 +119,20 @@ def fp8_to_float32(q: Tensor) -> tuple[Tensor, float]:
     return bits.bitwise_left_shift_(7).bitwise_and_(keep).view(torch.float16).float(), 2.0**8
 
 
+def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` in one product with the scales [M or 1, 1], [N or 1, 1] and the bias [N] or None in its epilogue.
+
+    It returns bfloat16, the one type for which every GPU and version of torch promises row-wise scales.
+    """
+    if x_scale.numel() > 1 or w_scale.numel() > 1:  # row-wise means one scale a row on both sides
+        x_scale = x_scale.expand(x.shape[0], 1).contiguous()
+        w_scale = w_scale.expand(w.shape[0], 1).contiguous()
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return torch._scaled_mm(
+        x, w.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
 def linear(
     xq: Tensor,
     x_scale: Tensor,
@@ -141,7 +160,7 @@ def linear(
     x = pad_to(x, x.shape[0], w.shape[1])
     x_scale = x_scale.reshape(-1, 1)
     if x.is_cuda and x.dtype != torch.int8 and out_dtype == torch.bfloat16 and w.shape[0] == n:
-        y = _scaled_fp8_mm(x, x_scale, w, w_scale, bias)
+        y = scaled_fp8_mm(x, x_scale, w, w_scale, bias)
     else:
         y = int8_mm(x, w) if x.dtype == torch.int8 else fp8_mm(x, w)
         y = y[:, :n].float().mul_(x_scale)
@@ -149,12 +168,9 @@ def linear(
     return y.to(out_dtype).view(*xq.shape[:-1], n)
 
 
-def _scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with scales and bias in its epilogue; row-wise scales are promised for a bfloat16 result only."""
-    if x_scale.numel() > 1 or w_scale.numel() > 1:  # row-wise means one scale a row on both sides
-        x_scale = x_scale.expand(x.shape[0], 1).contiguous()
-        w_scale = w_scale.expand(w.shape[0], 1).contiguous()
-    bias = None if bias is None else bias.to(torch.bfloat16)
-    return torch._scaled_mm(
-        x, w.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+def _scaled_int8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with scales and bias in its epilogue."""
+    x_scale = x_scale.expand(x.shape[0], 1).reshape(-1)
+    w_scale = w_scale.expand(w.shape[0], 1).reshape(-1)
+    bias = x_scale.new_zeros(w.shape[0], dtype=torch.bfloat16) if bias is None else bias.to(torch.bfloat16)
+    return kernels.int8_scaled_mm(x, w, x_scale, w_scale, bias)
