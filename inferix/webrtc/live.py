@@ -84,7 +84,7 @@ class Live:
             self.model = {"quantization": quantization, "weight_mb": round(weight_bytes / 1e6, 1), "steers": steers}
             if self.config.wait_for_viewer and self.status == "loading":
                 self.status = "waiting"
-                self.changed.wait_for(lambda: self.status != "waiting")
+                self.changed.wait_for(lambda: self.server.viewers or self.status == "closing")
 
     def clips(self, given: Iterable[Prompts]) -> Iterator[Prompts]:
         """The prompts of clip after clip: the given ones, with a typed one before the rest; after them whatever is typed.
@@ -179,9 +179,7 @@ class Live:
 
     def viewer_came(self) -> None:
         with self.changed:
-            if self.status == "waiting":
-                self.status = "generating"
-                self.changed.notify_all()
+            self.changed.notify_all()
 
     def steer(self, prompt: str) -> None:
         """Make ``prompt`` what comes next; one that is still waiting is replaced."""
