@@ -11,12 +11,11 @@ import export
 import generator
 import train
 import vae
-from text import build_text_encoder, build_tokenizer
-from world import SCENES, STARTS
-
 from inferix.models.base_model import BaseModel
 from inferix.models.checkpoints import read_distilled
 from inferix.models.transformer import CausalWanTransformer
+from text import build_text_encoder, build_tokenizer
+from world import SCENES, STARTS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -103,6 +102,7 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generator, "NUM_FRAMES", 4)
     monkeypatch.setattr(train, "SCENES", SCENES[:2])
     monkeypatch.setattr(train, "STARTS", STARTS[:2])
+    monkeypatch.setattr(train, "train_vae", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)
     steps = [f"--{name}=1" for name in ("vae_steps", "base_steps", "tune_steps", "vae_batch", "batch")]
     arguments = [*steps, f"--output_folder={tmp_path / 'demo'}", f"--work_folder={tmp_path / 'work'}"]

@@ -79,8 +79,15 @@ class TeacherForcing:
         self.dtype = attention_dtype(text[0][0].device)
         self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (q, noisy_q), (k, noisy_k), (v, noisy_v) = (x.chunk(2, dim=1) for x in (q, k, v))
+    def room(self, layer: int) -> list[Tensor]:
+        """Where this layer's keys and values [B, T, H, d] are written to: new memory, since gradients flow through."""
+        batch, _, heads, head_dim = self.text[layer][0].shape
+        shape = (batch, 2 * self.blocks[-1][1], heads, head_dim)
+        self.new = [torch.empty(shape, device=self.text[layer][0].device, dtype=self.dtype) for _ in range(2)]
+        return self.new
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        (q, noisy_q), (k, noisy_k), (v, noisy_v) = (x.chunk(2, dim=1) for x in (q, *self.new))
         clean, noisy = [], []
         for start, end in self.blocks:
             clean.append(attention(q[:, start:end], k[:, :end], v[:, :end]))
@@ -90,7 +97,16 @@ class TeacherForcing:
         return torch.cat(clean + noisy, 1)
 
 
-def x0_error(model: CausalWanTransformer, text: Tensor, context: Tensor, noisy: Tensor, x0: Tensor, level: Tensor, blocks, given: int) -> Tensor:
+def x0_error(
+    model: CausalWanTransformer,
+    text: Tensor,
+    context: Tensor,
+    noisy: Tensor,
+    x0: Tensor,
+    level: Tensor,
+    blocks,
+    given: int,
+) -> Tensor:
     """Mean squared error of the denoised estimate.
 
     Args:
@@ -126,10 +142,10 @@ def random_levels(batch: int, blocks: int, device: torch.device) -> Tensor:
     return torch.where(torch.rand(batch, blocks, device=device) < 0.5, few, torch.stack([1000 * sigma, sigma]))
 
 
-def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int) -> Tensor:
-    """Teacher forcing on true videos.
+def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int, from_noise: float = 0.5) -> Tensor:
+    """Teacher forcing on true videos; for a share ``from_noise`` of them the first block starts from noise alone.
 
-    A sampler's first block starts from noise alone, from which no start is to be seen. So that the answer is one crisp
+    From noise alone no start is to be seen. So that the answer is one crisp
     scene rather than the mean of all, noise is paired with the start whose first block correlates most with it.
     """
     image = torch.rand(()).item() < 0.15
@@ -139,7 +155,7 @@ def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int) ->
     level = random_levels(batch, len(blocks), device)
     noise = torch.randn(batch, *world.latents.shape[2:], device=device)
     if not image:
-        level[:, : batch // 2, 0] = level.new_tensor([1000.0, 1.0])[:, None]
+        level[:, : int(from_noise * batch), 0] = level.new_tensor([1000.0, 1.0])[:, None]
         matched = world.matching_start(prompt, noise[:, :BLOCK])
         start = torch.where(level[1, :, 0] == 1, matched, start)
     x0 = world.latents[prompt, start].float()
@@ -150,7 +166,9 @@ def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int) ->
     return x0_error(model, world.embed(encoder, prompt), context, noisy, x0, level, blocks, given=int(image))
 
 
-def rollout(model: CausalWanTransformer, text: Tensor, schedule: FlowMatchScheduler, noise: Tensor, given: Tensor, blocks) -> tuple[Tensor, Tensor]:
+def rollout(
+    model: CausalWanTransformer, text: Tensor, schedule: FlowMatchScheduler, noise: Tensor, given: Tensor, blocks
+) -> tuple[Tensor, Tensor]:
     """Sample block by block as the pipelines do.
 
     Args:
@@ -174,8 +192,9 @@ def rollout(model: CausalWanTransformer, text: Tensor, schedule: FlowMatchSchedu
             return model(latents, torch.full(latents.shape[:2], timestep, device=device), rope, cache)
 
         if start >= given.shape[1]:
+            x0 = None
             for i, (timestep, sigma) in enumerate(zip(schedule.denoising_timesteps, schedule.denoising_sigmas)):
-                if i > 0:
+                if x0 is not None:
                     inputs[i, :, start:end] = schedule.add_noise(x0, torch.randn_like(x0), sigma)
                 latents = inputs[i, :, start:end]
                 x0 = schedule.to_x0(latents, flow(latents, timestep), sigma)
@@ -185,7 +204,9 @@ def rollout(model: CausalWanTransformer, text: Tensor, schedule: FlowMatchSchedu
     return done, inputs
 
 
-def rollout_losses(model: CausalWanTransformer, encoder, world: World, schedule: FlowMatchScheduler, batch: int, passes: int):
+def rollout_losses(
+    model: CausalWanTransformer, encoder, world: World, schedule: FlowMatchScheduler, batch: int, passes: int
+):
     """Yield losses on the model's own rollout: from where its steps led it, to the scene that its first block chose.
 
     A part of the rollouts starts from given frames: an image, or the frames that a CausVid rollout takes over.

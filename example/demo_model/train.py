@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import export  # noqa: E402
 import generator  # noqa: E402
+from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from score import CRITERIA, score  # noqa: E402
 from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
 from vae import build_vae, decode, encode, half_precision, normalize, train_vae, whole_clip  # noqa: E402
 from world import SCENES, STARTS, Scene, render  # noqa: E402
 
-from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 
 class Trainer:
     """The stages, and the files that they leave."""
@@ -105,7 +105,10 @@ class Trainer:
             [scene.prompt for scene in SCENES], padding="max_length", max_length=TEXT_LEN, return_tensors="pt"
         ).to(self.device)
         channels = latents[:, -1].float().std((0, 1, 3, 4))
-        print(f"latents: {time.perf_counter() - start:.0f} s, {list(latents.shape)}, spread {channels.tolist()}", flush=True)
+        print(
+            f"latents: {time.perf_counter() - start:.0f} s, {list(latents.shape)}, spread {channels.tolist()}",
+            flush=True,
+        )
         self.report("vae", self.checked_scenes(), latents[self.checked_prompts(), -1])
         return generator.World(latents, tokens.input_ids, tokens.attention_mask)
 
@@ -133,15 +136,19 @@ class Trainer:
 
             def losses():
                 while True:
-                    yield from generator.rollout_losses(model, self.encoder, self.world, schedule, self.args.batch, passes=3)
-                    yield generator.base_loss(model, self.encoder, self.world, self.args.batch)
+                    yield from generator.rollout_losses(
+                        model, self.encoder, self.world, schedule, self.args.batch, passes=6
+                    )
+                    yield generator.base_loss(model, self.encoder, self.world, self.args.batch, from_noise=0)
 
             steps = self.args.tune_steps
             generator.fit(list(model.parameters()), losses(), steps, 3e-4, self.logger(name))
 
         self.stage(name, {"transformer": model}, train)
         if name == "self_forcing":
-            export.export_distilled(model, self.args.output_folder / export.SELF_FORCING, ("generator", "generator_ema"))
+            export.export_distilled(
+                model, self.args.output_folder / export.SELF_FORCING, ("generator", "generator_ema")
+            )
         else:
             export.export_distilled(model, self.args.output_folder / export.CAUSVID, ("generator",))
         self.sample(name, name, model)
@@ -169,8 +176,11 @@ class Trainer:
             )
         starts = self.world.nearest_start(prompt, latents[:, : generator.BLOCK])
         error = (latents - self.world.latents[prompt, starts]).square().mean((0, 2, 3, 4))
-        print(f"{title}: distance to the nearest true latents per frame {[round(e, 4) for e in error.tolist()]}, "
-              f"{len(starts.unique())} of {len(STARTS)} starts", flush=True)
+        print(
+            f"{title}: distance to the nearest true latents per frame {[round(e, 4) for e in error.tolist()]}, "
+            f"{len(starts.unique())} of {len(STARTS)} starts",
+            flush=True,
+        )
         self.report(title, self.checked_scenes(), latents)
 
     @torch.no_grad()
@@ -191,16 +201,17 @@ class Trainer:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--base_steps", type=int, default=2500)
-    parser.add_argument("--tune_steps", type=int, default=400)
+    parser.add_argument("--vae_steps", type=int, default=1400)
+    parser.add_argument("--base_steps", type=int, default=2400)
+    parser.add_argument("--tune_steps", type=int, default=500)
     parser.add_argument("--vae_batch", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_folder", type=Path, default=ROOT / "weights/demo")
     parser.add_argument("--work_folder", type=Path, default=ROOT / "outputs/demo_model", help="stages and samples")
     parser.add_argument("--resume", action="store_true", help="take the stages in --work_folder as they are")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every one of the blocks' shapes
     Trainer(parser.parse_args(arguments)).run()
 
 

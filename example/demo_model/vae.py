@@ -67,8 +67,8 @@ def random_clips(batch: int, frames: int, device: torch.device) -> Tensor:
 def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
     """Train a ``whole_clip`` VAE on short clips, every fourth step on whole ones; the decoder sees latents with noise on them."""
     device = vae.device
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         short = step % 4 or steps < 100
         pixels = random_clips(batch if short else max(1, batch // 5), 17 if short else 81, device)

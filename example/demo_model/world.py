@@ -2,7 +2,7 @@
 
 128x128 pixels, 16 frames a second. The object goes 2 pixels a frame; what leaves on one side enters on the other, so a
 clip can go on for ever. A prompt names colour, shape, direction and background; only the start is left to chance: one
-of 8 places along the way and one of 3 parallel lines, 24 starts for each of the 216 prompts.
+of 8 places along the way and one of 2 parallel lines, 16 starts for each of the 216 prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 SIZE = 128
 SPEED = 2  # pixels a frame: one latent pixel a latent frame
 PLACES = tuple(range(0, SIZE, 16))  # starts along the direction of travel
-LINES = (40, 64, 88)  # where the line of travel can lie
+LINES = (44, 84)  # where the line of travel can lie
 
 COLORS = {
     "red": (0.90, 0.10, 0.10),
