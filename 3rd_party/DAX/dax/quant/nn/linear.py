@@ -38,6 +38,7 @@ class QuantizedLinear(nn.Module):
         # whenever `qweight` is replaced.
         self.register_buffer("padded_qweight", None, persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.dtype = dtype or torch.get_default_dtype()  # of the model around it; nothing stored has it without a bias
         self._pad()
 
     @classmethod
@@ -52,7 +53,8 @@ class QuantizedLinear(nn.Module):
         if not weight.is_meta and not weight.abs().amax().isfinite():
             raise ValueError("the weight holds a NaN or an infinity")
         per_channel = qconfig.weight_scheme is per_channel_symmetric
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, qconfig=qconfig, device="meta")
+        biased = linear.bias is not None
+        new = cls(linear.in_features, linear.out_features, biased, qconfig=qconfig, device="meta", dtype=weight.dtype)
         quantize = QF.quantize_per_token if per_channel else QF.quantize_per_tensor
         new.qweight, scale = quantize(weight.contiguous(), qconfig.dtype)
         new.weight_scale = scale.reshape(-1, 1)
@@ -65,9 +67,10 @@ class QuantizedLinear(nn.Module):
     def fuse(cls, linears: "list[QuantizedLinear]") -> "QuantizedLinear":
         """One layer [out₁+out₂+…, in] for several that read the same input, so that it takes one product.
 
-        The originals' `qweight` become views of the new one: no memory is added, and their names, their values and
-        what they save stay as they were. Scales and bias are copied, hence: fuse after loading and moving the model,
-        and again if it is loaded or moved once more.
+        The originals' weights, biases and per-channel scales become views of the new layer's: no memory is added, what
+        is loaded into them reaches it, and what they compute and save stays as it was. A per-tensor scale is copied,
+        once for each channel. Fuse again after moving the originals, after `load_state_dict(assign=True)`, and after
+        any loading where scales are per tensor or a side of the weight is no multiple of 16.
 
         Raises ValueError if the layers differ in anything but their width, values and bias.
         """
@@ -77,15 +80,21 @@ class QuantizedLinear(nn.Module):
         widths = [linear.out_features for linear in linears]
         biased = next((linear.bias for linear in linears if linear.bias is not None), None)
         qconfig = replace(first.qconfig, weight_scheme=per_channel_symmetric)
-        fused = cls(first.in_features, sum(widths), biased is not None, qconfig=qconfig, device="meta")
+        fused = cls(
+            first.in_features, sum(widths), biased is not None, qconfig=qconfig, device="meta", dtype=first.dtype
+        )
         fused.qweight = torch.cat([linear.qweight for linear in linears])
         fused.weight_scale = torch.cat([linear.weight_scale.expand(n, 1) for linear, n in zip(linears, widths)])
         if biased is not None:
             biases = [biased.new_zeros(n) if linear.bias is None else linear.bias for linear, n in zip(linears, widths)]
             fused.bias = nn.Parameter(torch.cat(biases))
-        for linear, rows in zip(linears, fused.qweight.split(widths)):
-            linear.qweight = rows
         fused._pad()
+        for i, linear in enumerate(linears):
+            linear.qweight = fused.qweight.split(widths)[i]
+            if first.qconfig.weight_scheme is per_channel_symmetric:
+                linear.weight_scale = fused.weight_scale.split(widths)[i]
+            if linear.bias is not None:
+                linear.bias.data = fused.bias.data.split(widths)[i]
         return fused.train(first.training)
 
     def _fuse_key(self):
@@ -93,8 +102,8 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with, [out, in] in float32: worked out on each access, never stored."""
-        return self.qweight.float() * self.weight_scale
+        """The weight that the layer computes with, [out, in], in the model's float type: worked out on each access."""
+        return (self.qweight.float() * self.weight_scale).to(self.dtype)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [..., in] → codes and scale for `forward_quantized`, here or in any layer of the same qconfig."""
@@ -126,6 +135,7 @@ class QuantizedLinear(nn.Module):
             return moved
 
         super()._apply(move, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         check_device(self.qweight.dtype, self.qweight.device)
         return self
 
