@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,15 +186,19 @@ def repeat(function, clock: Clock, times: int) -> list[float]:
 
 
 class PlainCache:
-    """A cache for the reference forward: given keys and values, attention as PyTorch has it."""
+    """What a cache holds of earlier frames, for a forward in float32 with attention as PyTorch has it."""
 
-    def __init__(self, cache, dtype: torch.dtype):
-        self.dtype, self.text = dtype, [tuple(x.to(dtype) for x in pair) for pair in cache.text]
-        self.cache, self.slots, self.past = cache, cache.slots, cache.slots[0]
+    def __init__(self, cache, text: list[tuple[Tensor, Tensor]]):
+        self.cache, self.text, self.past = cache, text, cache.slots[0]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        past = [s[layer][:, : self.past].flatten(1, 2).to(self.dtype) for s in (self.cache.keys, self.cache.values)]
-        return attention(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+    def room(self, layer: int) -> list[Tensor]:
+        self.new = [torch.empty_like(room, dtype=torch.float32) for room in self.cache.room(layer)]
+        return self.new
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        stored = (self.cache.keys[layer], self.cache.values[layer])
+        past = [tensor[:, : self.past].flatten(1, 2).float() for tensor in stored]
+        return attention(q, *(torch.cat(pair, dim=1) for pair in zip(past, self.new)))
 
 
 @torch.no_grad()
@@ -208,8 +212,7 @@ def fidelity(pipeline: CausalInferencePipeline, reference: CausalWanTransformer,
     rope = reference.rope(torch.arange(start, frames, device=pipeline.device), height, width)
     latents = pipeline.randn((1, size, channels, height, width), torch.Generator(pipeline.device).manual_seed(1))
     fast = pipeline.generator.flow(latents, 500.0, rope, cache).float().clone()
-    plain = PlainCache(cache, torch.float32)
-    plain.text = reference.embed_text(embeds.float())
+    plain = PlainCache(cache, reference.embed_text(embeds.float()))
     exact = reference(latents.float(), torch.full((1, size), 500.0, device=pipeline.device), rope, plain)
     return torch.nn.functional.cosine_similarity(fast.flatten(), exact.flatten(), dim=0).item()
 

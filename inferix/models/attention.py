@@ -66,21 +66,22 @@ def split_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, out_dtype
         q = q.expand(parts, -1, -1, -1)
         k, v = (x.view(parts, -1, *x.shape[2:]) for x in (k, v))
     out, lse = kernel(*(x.transpose(1, 2) for x in (q, k, v)), with_lse=parts > 1)
+    out = out.transpose(1, 2)  # tokens before heads, as they lie in memory
     if out.dtype == out_dtype and parts == 1:
-        return out.transpose(1, 2).flatten(2)
+        return out.flatten(2)
     return compiled_merge()(out, lse, out_dtype)
 
 
 def merge(out: Tensor, lse: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Results [2, H, T, d] over two halves of the keys, and their log-sum-exps [2, H, T], to the whole's [1, T, H*d].
+    """Results [2, T, H, d] over two halves of the keys, and their log-sum-exps [2, H, T], to the whole's [1, T, H*d].
 
-    Without ``lse`` they are one whole [B, H, T, d].
+    Without ``lse`` they are one whole [B, T, H, d].
     """
     whole = out.float() / (OUTPUT_SCALE if out.dtype == FP8 else 1)
     if lse is not None:
-        weight = torch.sigmoid(lse[0] - lse[1])[..., None]
+        weight = torch.sigmoid(lse[0] - lse[1]).transpose(0, 1)[..., None]
         whole = torch.lerp(whole[1], whole[0], weight)[None]
-    return whole.transpose(1, 2).flatten(2).to(out_dtype)
+    return whole.flatten(2).to(out_dtype)
 
 
 @cache

@@ -42,6 +42,7 @@ class KVCache:
         self.compute_dtype = compute_dtype
         layers = (config.num_layers, *shape, config.num_heads, config.head_dim)
         self.keys, self.values = (torch.zeros(layers, device=device, dtype=dtype) for _ in range(2))
+        self.loose: list[Tensor] = []
         self.text: list[tuple[Tensor, Tensor]] = []
         """Every layer's cross-attention keys and values [B, L, H, d]."""
 
@@ -64,19 +65,20 @@ class KVCache:
         self.slots = [self.slot(start_frame + i) for i in range(num_frames)]
         self.valid_frames = min(start_frame + num_frames, self.num_frames)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [B, T, H, d] of the placed frames, and let q [B, T, H, d] see all that is stored: [B, T, H*d]."""
-        keys, values = self.keys[layer], self.values[layer]
-        self.store(keys, k)
-        self.store(values, v)
-        keys, values = (stored[:, : self.valid_frames].flatten(1, 2) for stored in (keys, values))
-        return cache_attention(q, keys, values, self.compute_dtype)
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where the keys and the values [B, T, H, d] of the placed frames are to be written."""
+        first, frames = self.slots[0], len(self.slots)
+        if self.slots == list(range(first, first + frames)):
+            return tuple(stored[layer][:, first : first + frames].flatten(1, 2) for stored in (self.keys, self.values))
+        shape = (self.shape[0], frames, *self.keys.shape[3:])  # a rolling window's end and start: ``attend`` moves them
+        self.loose = [torch.empty(shape, device=self.keys.device, dtype=self.dtype) for _ in range(2)]
+        return tuple(loose.flatten(1, 2) for loose in self.loose)
 
-    def store(self, stored: Tensor, new: Tensor) -> None:
-        """Write [B, T, H, d] into the slots of the placed frames."""
-        frames, first = new.unflatten(1, (len(self.slots), -1)), self.slots[0]
-        if self.slots == list(range(first, first + len(self.slots))):
-            stored[:, first : first + len(self.slots)].copy_(frames)
-        else:  # a rolling window's end and start
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Let q [B, T, H, d] see all keys and values stored, those of the placed frames included: [B, T, H*d]."""
+        for stored, loose in zip((self.keys, self.values), self.loose):
             for i, slot in enumerate(self.slots):
-                stored[:, slot].copy_(frames[:, i])
+                stored[layer][:, slot].copy_(loose[:, i])
+        self.loose = []
+        keys, values = (stored[layer][:, : self.valid_frames].flatten(1, 2) for stored in (self.keys, self.values))
+        return cache_attention(q, keys, values, self.compute_dtype)

@@ -153,7 +153,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, F] timesteps to the embedding [B, F, D] and the blocks' modulation [B, F, 6, D]."""
+        """[B, F or 1] timesteps to the embedding [B, F or 1, D] and the blocks' modulation [B, F or 1, 6, D]."""
         sinusoid = sinusoidal_embedding(timestep, self.freq_dim).to(self.time_proj.weight.dtype)
         embedding = self.time_embedder(sinusoid)
         return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
@@ -231,7 +231,7 @@ class GELUProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)
         y = x.float()
-        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -264,18 +264,20 @@ class TransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """The six shifts, scales and gates, each [B, F, 1, D], for time [B, F, 6, D]."""
+        """The six shifts, scales and gates, each [B, F or 1, 1, D], for time [B, F or 1, 6, D]."""
         return (self.scale_shift_table + time).float().split(1, dim=2)
 
     def before_attention(
-        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, F, S, D] to rotated queries and keys, and values, each [B, F*S, H, d] in ``dtype``."""
+        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x [B, F, S, D] to rotated queries [B, F*S, H, d]; rotated keys, and values, are written to ``room``."""
         shift, scale, *_ = self.modulation(time)
         hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
         query, key, value = self.attn1.query_key_value(hidden)
-        rotated = apply_rope(query, rope), apply_rope(key, rope), value
-        return tuple(saturating_cast(tensor, dtype) for tensor in rotated)
+        keys, values = room
+        keys.copy_(saturating_cast(apply_rope(key, rope), keys.dtype))
+        values.copy_(saturating_cast(value, values.dtype))
+        return saturating_cast(apply_rope(query, rope), keys.dtype)
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """What follows self-attention: x [B, F, S, D] and its result [B, F*S, D] to the block's output [B, F, S, D]."""
@@ -321,35 +323,36 @@ class CausalWanTransformer(nn.Module):
 
         Args:
             latents: noisy latents [B, F, C, h, w]; h and w are even.
-            timestep: [B, F], in [0, 1000].
+            timestep: [B, F], in [0, 1000], or [B, 1] where it is the same for all frames.
             rope: what ``self.rope`` gives for these frames.
-            cache: has ``text``, what ``self.embed_text`` gives, ``dtype``, and ``attend(layer, q, k, v)``, which returns
-                the self-attention's result [B, F*S, D] for q, k and v [B, F*S, H, d] in ``dtype``: see ``KVCache``.
+            cache: has ``text``, what ``self.embed_text`` gives; ``room(layer)``, two tensors [B, F*S, H, d] that the
+                block's keys and values are written to; and ``attend(layer, q)``, which returns the self-attention's
+                result [B, F*S, D] for queries [B, F*S, H, d] of the room's dtype. See ``KVCache``.
 
         Returns:
             The flow [B, F, C, h, w] in the dtype of ``latents``.
         """
-        x, qkv, embedding, time = self.enter(latents, timestep, rope, cache.dtype)
+        x, query, embedding, time = self.enter(latents, timestep, rope, cache.room(0))
         for layer, (block, following) in enumerate(pairwise(self.blocks)):
-            attended = cache.attend(layer, *qkv)
-            x, qkv = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.dtype)
+            attended = cache.attend(layer, query)
+            x, query = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.room(layer + 1))
         last = len(self.blocks) - 1
-        return self.leave(x, cache.attend(last, *qkv), embedding, time, cache.text[last], latents)
+        return self.leave(x, cache.attend(last, query), embedding, time, cache.text[last], latents)
 
     # All that is not self-attention is in these three. They depend on nothing that changes from block to block of the
     # video, so that what ``compile`` makes of each serves every layer and every block.
 
-    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype):
+    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]):
         """All before the first self-attention."""
         embedding, time = self.condition_embedder.embed_time(timestep)
         x = self.embed_patches(latents)
-        return x, self.blocks[0].before_attention(x, time, rope, dtype), embedding, time
+        return x, self.blocks[0].before_attention(x, time, rope, room), embedding, time
 
     @staticmethod
-    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, dtype: torch.dtype):
+    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, room):
         """From one block's self-attention to the next one's."""
         x = block.after_attention(x, attended, time, text)
-        return x, following.before_attention(x, time, rope, dtype)
+        return x, following.before_attention(x, time, rope, room)
 
     def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text, latents: Tensor) -> Tensor:
         """All after the last self-attention."""

@@ -39,7 +39,7 @@ class WanDiffusionWrapper:
 
     def flow(self, latents: Tensor, timestep: float, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """The predicted flow of latents [B, F, C, h, w] that are all at ``timestep``; valid until the next call."""
-        timesteps = torch.full(latents.shape[:2], timestep, device=latents.device, dtype=torch.float32)
+        timesteps = torch.full((latents.shape[0], 1), timestep, device=latents.device, dtype=torch.float32)
         if not latents.is_cuda:
             return self.model(latents, timesteps, rope, cache)
         key = (id(cache), *cache.slots, cache.valid_frames, latents.shape)
