@@ -14,6 +14,7 @@ from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from inferix.scheduler import FlowMatchScheduler
 from text import TEXT_LEN
 from vae import half_precision
+from world import FIRST_STARTS
 
 CONFIG = TransformerConfig(
     dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=TEXT_LEN, num_heads=4, num_layers=6
@@ -40,15 +41,16 @@ class World:
     tokens: Tensor  # [prompts, TEXT_LEN]
     mask: Tensor  # [prompts, TEXT_LEN]
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Random prompts and starts, each [B]."""
+    def draw(self, batch: int, first: bool) -> tuple[Tensor, Tensor]:
+        """Random prompts and starts, each [B]; ``first``: of clips that no other came before."""
         prompts, starts = self.latents.shape[:2]
         device = self.latents.device
+        starts = min(starts, FIRST_STARTS) if first else starts
         return torch.randint(prompts, (batch,), device=device), torch.randint(starts, (batch,), device=device)
 
     def first_blocks(self, prompt: Tensor) -> Tensor:
-        """The first block of the prompts' videos from every start: [B, starts, BLOCK*16*h*w]."""
-        return self.latents[prompt, :, :BLOCK].flatten(2).float()
+        """The first block of the prompts' clips from every one of FIRST_STARTS: [B, starts, BLOCK*16*h*w]."""
+        return self.latents[prompt, :FIRST_STARTS, :BLOCK].flatten(2).float()
 
     def nearest_start(self, prompt: Tensor, block: Tensor) -> Tensor:
         """The starts [B] that first blocks [B, BLOCK, 16, h, w] are nearest to."""
@@ -142,19 +144,25 @@ def random_levels(batch: int, blocks: int, device: torch.device) -> Tensor:
     return torch.where(torch.rand(batch, blocks, device=device) < 0.5, few, torch.stack([1000 * sigma, sigma]))
 
 
+def random_given() -> int:
+    """How many frames a clip starts with: an image, the block that a CausVid rollout takes over, or mostly none."""
+    kind = torch.rand(()).item()
+    return 1 if kind < 0.15 else BLOCK if kind < 0.35 else 0
+
+
 def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int, from_noise: float = 0.5) -> Tensor:
     """Teacher forcing on true videos; for a share ``from_noise`` of them the first block starts from noise alone.
 
-    From noise alone no start is to be seen. So that the answer is one crisp
-    scene rather than the mean of all, noise is paired with the start whose first block correlates most with it.
+    From noise alone no start is to be seen. So that the answer is one crisp scene rather than the mean of all, noise is
+    paired with the start whose first block correlates most with it.
     """
-    image = torch.rand(()).item() < 0.15
-    blocks = video_blocks(image)
-    prompt, start = world.draw(batch)
+    given = random_given()
+    blocks = video_blocks(image=given == 1)
+    prompt, start = world.draw(batch, first=given == 0)
     device = prompt.device
     level = random_levels(batch, len(blocks), device)
     noise = torch.randn(batch, *world.latents.shape[2:], device=device)
-    if not image:
+    if given == 0:
         level[:, : int(from_noise * batch), 0] = level.new_tensor([1000.0, 1.0])[:, None]
         matched = world.matching_start(prompt, noise[:, :BLOCK])
         start = torch.where(level[1, :, 0] == 1, matched, start)
@@ -163,7 +171,7 @@ def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int, fr
     sigma = level[1, :, :, None, None, None]
     context = x0 + 0.2 * torch.rand(batch, 1, 1, 1, 1, device=device) * torch.randn_like(x0)
     noisy = (1 - sigma) * x0 + sigma * noise
-    return x0_error(model, world.embed(encoder, prompt), context, noisy, x0, level, blocks, given=int(image))
+    return x0_error(model, world.embed(encoder, prompt), context, noisy, x0, level, blocks, given)
 
 
 def rollout(
@@ -211,11 +219,9 @@ def rollout_losses(
 
     A part of the rollouts starts from given frames: an image, or the frames that a CausVid rollout takes over.
     """
-    kind = torch.rand(()).item()
-    image = kind < 0.15
-    given = 1 if image else BLOCK if kind < 0.3 else 0
-    blocks = video_blocks(image)
-    prompt, start = world.draw(batch)
+    given = random_given()
+    blocks = video_blocks(image=given == 1)
+    prompt, start = world.draw(batch, first=given == 0)
     noise = torch.randn(batch, *world.latents.shape[2:], device=prompt.device)
     first = world.latents[prompt, start, :given].float()
     with torch.no_grad(), half_precision(noise.device):

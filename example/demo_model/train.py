@@ -28,7 +28,7 @@ from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from score import CRITERIA, score  # noqa: E402
 from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
 from vae import build_vae, decode, encode, half_precision, normalize, train_vae, whole_clip  # noqa: E402
-from world import SCENES, STARTS, Scene, render  # noqa: E402
+from world import FIRST_STARTS, SCENES, STARTS, Scene, render  # noqa: E402
 
 
 class Trainer:
@@ -178,7 +178,7 @@ class Trainer:
         error = (latents - self.world.latents[prompt, starts]).square().mean((0, 2, 3, 4))
         print(
             f"{title}: distance to the nearest true latents per frame {[round(e, 4) for e in error.tolist()]}, "
-            f"{len(starts.unique())} of {len(STARTS)} starts",
+            f"{len(starts.unique())} of {FIRST_STARTS} starts",
             flush=True,
         )
         self.report(title, self.checked_scenes(), latents)
