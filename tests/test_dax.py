@@ -447,6 +447,7 @@ def test_the_guide_leaves_exactly_what_it_names():
         ({"attn1": None, "to_q": FP8_TOKEN}, {"attn1.to_q": E4M3, "attn1.to_k": None}),
         ({"attn1": None, "blocks.0.attn1": FP8_TOKEN}, {"blocks.0.attn1": E4M3, "blocks.1.attn1": None}),
         ({"to_q": None, "blocks.0": FP8_TOKEN}, {"blocks.0": E4M3, "blocks.1.attn1.to_q": None}),
+        ({"to_q": None, "attn1.to_q": FP8_TOKEN}, {"attn1.to_q": E4M3}),
         ({"blocks": None, "blocks.1.ffn": FP8_TOKEN}, {"blocks": None, "blocks.1.ffn": E4M3}),
         ({"blocks.1.ffn": FP8_TOKEN, "blocks": None}, {"blocks": None, "blocks.1.ffn": E4M3}),
     ],
@@ -472,7 +473,8 @@ def test_a_key_that_matches_nothing_warns():
     with pytest.warns(UserWarning, match="'proj_in' matches no module"):
         quantize_dynamic(model(), {"": INT8_TOKEN, "proj_in": None})
     with pytest.warns(UserWarning, match="'locks' matches no module"):  # part of a name is not a name
-        quantize_dynamic(model(), {"": INT8_TOKEN, "locks": None})
+        result = kinds(quantize_dynamic(model(), {"": INT8_TOKEN, "locks": None, "blocks.0.ffn": FP8_TOKEN}))
+    assert None not in result.values()
 
 
 def test_nothing_to_quantize_warns():
