@@ -24,6 +24,14 @@ EPSILON = 1e-24
 """Keeps the norm of an all-zero row from dividing by zero; too small to change any other."""
 
 
+def as_base(tensor: Tensor) -> Tensor:
+    """The same memory, not known to be a view: for a view the compiler starts anew with every shape of its base.
+
+    Parameters stay what they are, which tells the compiler to take their shape, the channels, as fixed.
+    """
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.data
+
+
 def compiled_on_gpu(function: Callable) -> Callable:
     """Compile ``function`` where its first argument is on a GPU; a CPU need not have a C++ compiler.
 
@@ -32,8 +40,8 @@ def compiled_on_gpu(function: Callable) -> Callable:
     compiled = cache(lambda: torch.compile(function, dynamic=True))
 
     @wraps(function)
-    def call(x: Tensor, *rest: Tensor):
-        return compiled()(x, *rest) if x.is_cuda else function(x, *rest)
+    def call(*tensors: Tensor):
+        return compiled()(*map(as_base, tensors)) if tensors[0].is_cuda else function(*tensors)
 
     return call
 
@@ -187,7 +195,7 @@ class Attention(nn.Module):
         self.proj, self.proj_bias = frozen(source.proj.weight.flatten(1)), frozen(source.proj.bias)
 
     def forward(self, x: Tensor, residual: Tensor, clip: Clip) -> tuple[Tensor, None]:
-        x = add(residual, x, self.bias)
+        x = add(rows(residual), rows(x), self.bias).view_as(x)
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).flatten(0, 1).flatten(1, 2)[:, None]  # [B*T, 1, H*W, 3*C]
         attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
@@ -215,7 +223,7 @@ class Upsample(nn.Module):
         self.conv_bias = frozen(conv.bias)
 
     def forward(self, x: Tensor, residual: Tensor, clip: Clip) -> tuple[Tensor, None]:
-        x = add(residual, x, self.bias)
+        x = add(rows(residual), rows(x), self.bias).view_as(x)
         if self.time_conv is not None:
             if not clip.first:
                 x = self.double(x, clip)
