@@ -9,7 +9,6 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inferix.models.transformer import attention
 from inferix.models.vae import StreamingDecoder
 from inferix.scheduler import FlowMatchScheduler
 
@@ -50,35 +49,22 @@ def test_scheduler():
         torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=1e-6)
 
 
-class Memory:
-    """The simplest cache: all keys and values of earlier calls, then this call's."""
-
-    dtype = torch.float32
-
-    def __init__(self, text):
-        self.text = text
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        before = self.layers.get(layer)
-        self.layers[layer] = (k, v) if before is None else (torch.cat([before[0], k], 1), torch.cat([before[1], v], 1))
-        return attention(q, *self.layers[layer])
-
-
 def test_transformer(self_forcing):
     embeds, keys, values = expected("transformer", "prompt_embeds", "k_cache_layer0", "v_cache_layer0")
     model, scheduler = self_forcing.pipeline.generator.model, self_forcing.pipeline.generator.scheduler
     with torch.no_grad():
-        memory = Memory(model.embed_text(embeds))
+        cache = self_forcing.pipeline.empty_cache(batch=1, num_frames=6, tokens_per_frame=24)
+        cache.set_text(model.embed_text(embeds))
         for block in (0, 1):
             names = (f"latent_{block}", f"timestep_{block}", f"flow_{block}", f"x0_{block}")
             latent, timestep, flow, x0 = expected("transformer", *names)
             rope = model.rope(torch.arange(3 * block, 3 * block + 3), *latent.shape[-2:])
-            actual = model(latent, timestep, rope, memory)
+            cache.place(3 * block, 3)
+            actual = model(latent, timestep, rope, cache)
             assert_near(actual, flow)
             assert_near(scheduler.to_x0(latent, actual, scheduler.sigma(timestep[0, 0].item())), x0)
-    assert_near(memory.layers[0][0], keys)
-    assert_near(memory.layers[0][1], values)
+    assert_near(cache.keys[0].flatten(1, 2), keys)
+    assert_near(cache.values[0].flatten(1, 2), values)
 
 
 def test_vae(self_forcing):

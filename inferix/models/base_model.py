@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import UMT5EncoderModel
 
 from inferix.errors import InputError
 from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
-from inferix.models.text_encoder import TextEncoder, load_tokenizer
+from inferix.models.text_encoder import TextEncoder
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from inferix.models.vae import WanVAE
 
@@ -36,16 +35,18 @@ class BaseModel:
         return model.eval().requires_grad_(False)
 
     def vae(self) -> WanVAE:
-        if self.diffusers:
-            with reading(self.folder / "vae"):
-                return WanVAE(AutoencoderKLWan.from_pretrained(self.folder / "vae", local_files_only=True))
-        return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
+        if not self.diffusers:
+            return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
+        folder = self.folder / "vae"
+        with reading(folder / "config.json"):
+            config = AutoencoderKLWan.load_config(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoencoderKLWan.from_config(config)
+        assign(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
+        return WanVAE(model)
 
     def text_encoder(self) -> TextEncoder:
         if self.diffusers:
-            with reading(self.folder / "text_encoder"):
-                model = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
-            return TextEncoder(model, load_tokenizer(self.folder / "tokenizer"), self.config.text_len)
-        return TextEncoder.from_files(
-            self.folder / "models_t5_umt5-xxl-enc-bf16.pth", self.folder / "google/umt5-xxl", self.config.text_len
-        )
+            return TextEncoder.from_diffusers(self.folder, self.config.text_len)
+        weights, tokenizer = self.folder / "models_t5_umt5-xxl-enc-bf16.pth", self.folder / "google/umt5-xxl"
+        return TextEncoder.from_files(weights, tokenizer, self.config.text_len)

@@ -24,13 +24,15 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what a library makes of a missing or damaged file, which may be any exception, into InputError."""
     try:
         yield
+    except InputError:
+        raise
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is no file of plain tensors, and is not opened for safety; download it again"
         ) from None
-    except FileNotFoundError:
-        raise InputError(f"{path} not found; see weights/README.md for where to get it") from None
     except Exception:
+        if not path.exists():
+            raise InputError(f"{path} not found; see weights/README.md for where to get it") from None
         raise InputError(f"{path} cannot be read: truncated, or of another kind; download it again") from None
 
 

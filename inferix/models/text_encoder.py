@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle, reading
+from inferix.models.checkpoints import StateDict, assign, load_pickle, load_sharded_safetensors, reading
 
 RENAMES = {
     r"^token_embedding\.": "shared.",
@@ -33,8 +33,6 @@ def convert_umt5_to_transformers(state: StateDict) -> StateDict:
         for pattern, replacement in RENAMES.items():
             key = re.sub(pattern, replacement, key)
         renamed[key] = tensor
-    if "shared.weight" in renamed:
-        renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
     return renamed
 
 
@@ -62,6 +60,17 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
+def build_umt5(config: UMT5Config, state: StateDict, source: Path) -> UMT5EncoderModel:
+    """An encoder that holds the tensors of ``state`` (transformers' names) themselves. Raises InputError where they do not fit."""
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    if "shared.weight" in state:  # what files store once has two names in the model
+        state = state | {"encoder.embed_tokens.weight": state["shared.weight"]}
+    assign(model, state, source)
+    model.tie_weights()
+    return model
+
+
 def load_tokenizer(folder: Path):
     """A tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
@@ -82,11 +91,17 @@ class TextEncoder:
     def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
         """Load ``models_t5_umt5-xxl-enc-bf16.pth``, of any size, and a tokenizer folder."""
         state = load_pickle(weights)
-        with torch.device("meta"):
-            model = UMT5EncoderModel(umt5_config(state))
-        assign(model, convert_umt5_to_transformers(state), weights)
-        model.tie_weights()
+        model = build_umt5(umt5_config(state), convert_umt5_to_transformers(state), weights)
         return cls(model, load_tokenizer(tokenizer), text_len)
+
+    @classmethod
+    def from_diffusers(cls, folder: Path, text_len: int) -> "TextEncoder":
+        """Load the folders ``text_encoder`` and ``tokenizer`` in ``folder``."""
+        source = folder / "text_encoder"
+        with reading(source / "config.json"):
+            config = UMT5Config.from_json_file(source / "config.json")
+        model = build_umt5(config, load_sharded_safetensors(source, "model"), source)
+        return cls(model, load_tokenizer(folder / "tokenizer"), text_len)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
         self.model.to(device, dtype)
