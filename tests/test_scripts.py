@@ -226,6 +226,26 @@ def test_python_without_the_requirements(tmp_path):
         assert result.returncode == 2 and "setup.sh first" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_download_says_what_it_would_fetch(tmp_path):
+    """--dry-run, with a Python that has nothing installed, and no network asked."""
+    (tmp_path / "download.sh").write_text((ROOT / "weights/download.sh").read_text())
+    (tmp_path / "CausVid/autoregressive_checkpoint").mkdir(parents=True)
+    (tmp_path / "CausVid/autoregressive_checkpoint/model.pt").touch()
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", "download.sh", "--dry-run"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert "  5.7 GB  gdhe17/Self-Forcing  checkpoints/self_forcing_dmd.pt" in lines[8]
+    assert lines[9].startswith("   there  tianweiy/CausVid")
+    assert lines[10].startswith("to fetch: 23.3 GB")
+    assert not (tmp_path / "Wan2.1-T2V-1.3B").exists()
+    result = subprocess.run([*command, "more"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
 def test_help_without_dax(tmp_path):
     (tmp_path / "dax.py").touch()
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
