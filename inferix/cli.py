@@ -23,6 +23,7 @@ from inferix.video import count_frames
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Call ``main(argv)`` and return the exit code: 0 done, 2 bad input (one line on stderr), 130 Ctrl-C."""
     if argv is None:  # a process of its own: let `kill` clean up half-written files as Ctrl-C does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(argv)

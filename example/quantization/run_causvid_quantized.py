@@ -4,6 +4,7 @@ Build the pipeline, load, quantize, generate, save. ``--help`` lists the flags; 
 for each.
 """
 
+import signal
 import sys
 import time
 from itertools import chain
@@ -11,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports; from cli.run on it is a KeyboardInterrupt
 
 from inferix import CausVidPipeline, cli
 from inferix.pipelines.base import save

@@ -4,12 +4,14 @@ Build the pipeline, load, quantize, generate, save. ``--help`` lists the flags; 
 variable for each.
 """
 
+import signal
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports; from cli.run on it is a KeyboardInterrupt
 
 from inferix import SelfForcingPipeline, cli
 from inferix.errors import InputError
