@@ -261,8 +261,9 @@ def test_every_flag_has_a_variable(name, capsys):
         load_runner(name).main(["--help"])
     words = capsys.readouterr().out.split()
     flags = {word.strip("[],") for word in words if word.startswith(("--", "[--"))} - {"--help"}
-    script = (SCRIPTS / f"{name}_quantized.sh").read_text()
+    script, readme = (SCRIPTS / f"{name}_quantized.sh").read_text(), (ROOT / "README.md").read_text()
     assert len(flags) > 20
     for flag in flags:
         variable = flag[2:].upper()
         assert f'{flag} "${variable}"}}' in script or f'{flag} "${{{variable}:-' in script, flag
+        assert f"`{variable}`" in readme
