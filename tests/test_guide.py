@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from conftest import BASE, CAUSVID, ROOT, load_runner
-from dax.quant.nn.dynamic import Linear as QuantizedLinear
 from torch import nn
 
+from dax.quant.nn.dynamic import Linear as QuantizedLinear
 from inferix import CausVidPipeline, cli
 
 SNIPPET = """
