@@ -92,8 +92,7 @@ class Live:
         Ends when the server is told to close, or after the given ones where the config says so.
         """
         given = iter(given)
-        while self.status != "closing":
-            self.cut = False
+        while self._go_on():
             prompts = self._take_typed() or next(given, None)
             if prompts is not None:
                 if isinstance(prompts, list):
@@ -131,7 +130,7 @@ class Live:
         """Pass the pieces on, showing them; pause and stop between two of them."""
         with self.changed:
             self.block, self.blocks, self.first_frame_seconds = 0, total_blocks, None
-            if self.cut:
+            if self.cut or self.status == "closing":
                 return
             self.status = "generating"
         begun = time.monotonic()
@@ -144,11 +143,20 @@ class Live:
                     self.first_frame_seconds = seconds
             self.playout.push(piece[0])
             yield piece
-            with self.changed:
-                self.changed.wait_for(lambda: self.status != "paused")
-                if self.cut:
-                    return
+            self._wait_while_paused()
+            if self.cut:
+                return
             begun = time.monotonic()
+
+    def _go_on(self) -> bool:
+        self._wait_while_paused()
+        with self.changed:
+            self.cut = False
+            return self.status != "closing"
+
+    def _wait_while_paused(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.status != "paused")
 
     def _take_typed(self) -> list[str]:
         """The typed prompt, if there is one."""
@@ -163,7 +171,7 @@ class Live:
     def _idle(self) -> None:
         with self.changed:
             if self.status != "closing":
-                self.status = "idle"
+                self.status, self.playout.paused = "idle", False
             self.changed.wait_for(lambda: self.next_prompt or self.status == "closing")
 
     def _play_out(self) -> None:
