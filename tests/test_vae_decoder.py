@@ -13,7 +13,11 @@ from inferix.models import vae_decoder
 from inferix.models.vae import StreamingDecoder, WanVAE
 from inferix.models.vae_decoder import Clip, VAEDecoder
 
-torch.set_grad_enabled(False)
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
 
 
 def library_model(base_dim: int = 8) -> AutoencoderKLWan:
