@@ -34,7 +34,9 @@ def parse_arguments(argv):
     parser.add_argument("--checkpoint_folder", type=Path, help="folder of CausVid's model.pt")
     parser.add_argument("--num_rollout", type=int, help="rollouts (default: 3, or as many as there are prompts)")
     parser.add_argument("--num_overlap_frames", type=int, default=3, help="latent frames that rollouts share")
-    parser.add_switch("--enable_kv_offload", default=True, help="keep the key-value cache in host memory")
+    parser.add_switch(
+        "--enable_kv_offload", default=True, help="keep the key-value cache in host memory (no effect yet)"
+    )
     parser.add_switch("--diff_prompt", help="one video whose rollouts follow the prompts in turn")
     parser.add_argument("--diff_prompt_file", type=Path, help="the same, the prompts from a file, one a line")
     parser.add_switch("--is_interactive", help="the same, the prompts typed in while the video is made")

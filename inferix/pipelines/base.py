@@ -25,7 +25,7 @@ class Pipeline:
         config_path: YAML with the reference projects' keys.
         default_config_path: YAML that ``config_path`` is laid over.
         wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
-        enable_kv_offload: keep the cache in host memory.
+        enable_kv_offload: keep the cache in host memory (no effect yet).
         parallel_config: how ranks share the work.
         device: default: the GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
