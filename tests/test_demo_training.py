@@ -104,7 +104,7 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "STARTS", STARTS[:2])
     monkeypatch.setattr(train, "train_vae", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)
-    steps = [f"--{name}=1" for name in ("vae_steps", "base_steps", "tune_steps", "vae_batch", "batch")]
+    steps = [f"--{name}=1" for name in ("image_steps", "vae_steps", "base_steps", "tune_steps", "vae_batch", "batch")]
     arguments = [*steps, f"--output_folder={tmp_path / 'demo'}", f"--work_folder={tmp_path / 'work'}"]
     train.main(arguments)
     for file in (export.SELF_FORCING, export.CAUSVID, f"{export.BASE}/config.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -70,33 +71,37 @@ def attention_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-class TeacherForcing:
-    """Takes the place of the KV cache where all blocks are trained at once on [clean frames | noisy frames].
+@cache
+def teacher_forcing_mask(blocks: tuple[tuple[int, int], ...], tokens: int, device: torch.device) -> Tensor:
+    """Who sees whom among [clean frames | noisy frames], [2*F*S, 2*F*S], for S tokens a frame.
 
     A clean block sees the clean frames up to itself; a noisy block sees the clean frames before it, and itself.
     """
+    index = torch.tensor([i for i, (start, end) in enumerate(blocks) for _ in range(start, end)], device=device)
+    index = index.repeat_interleave(tokens)
+    before, same = index[:, None] > index, index[:, None] == index
+    none = torch.zeros_like(same)
+    return torch.cat([torch.cat([before | same, none], 1), torch.cat([before, same], 1)], 0)
+
+
+class TeacherForcing:
+    """Takes the place of the KV cache where all blocks are trained at once on [clean frames | noisy frames]."""
 
     def __init__(self, text: list[tuple[Tensor, Tensor]], blocks: list[tuple[int, int]], tokens_per_frame: int):
         self.text = text
-        self.dtype = attention_dtype(text[0][0].device)
-        self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
+        device = text[0][0].device
+        self.dtype = attention_dtype(device)
+        self.mask = teacher_forcing_mask(tuple(blocks), tokens_per_frame, device)
 
     def room(self, layer: int) -> list[Tensor]:
         """Where this layer's keys and values [B, T, H, d] are written to: new memory, since gradients flow through."""
         batch, _, heads, head_dim = self.text[layer][0].shape
-        shape = (batch, 2 * self.blocks[-1][1], heads, head_dim)
-        self.new = [torch.empty(shape, device=self.text[layer][0].device, dtype=self.dtype) for _ in range(2)]
+        shape = (batch, len(self.mask), heads, head_dim)
+        self.new = [torch.empty(shape, device=self.mask.device, dtype=self.dtype) for _ in range(2)]
         return self.new
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        (q, noisy_q), (k, noisy_k), (v, noisy_v) = (x.chunk(2, dim=1) for x in (q, *self.new))
-        clean, noisy = [], []
-        for start, end in self.blocks:
-            clean.append(attention(q[:, start:end], k[:, :end], v[:, :end]))
-            keys = torch.cat([k[:, :start], noisy_k[:, start:end]], 1)
-            values = torch.cat([v[:, :start], noisy_v[:, start:end]], 1)
-            noisy.append(attention(noisy_q[:, start:end], keys, values))
-        return torch.cat(clean + noisy, 1)
+        return attention(q, *self.new, mask=self.mask)
 
 
 def x0_error(

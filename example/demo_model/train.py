@@ -79,7 +79,7 @@ class Trainer:
         self.vae = whole_clip(build_vae()).to(self.device)
 
         def train():
-            train_vae(self.vae, self.args.vae_steps, self.args.vae_batch, self.logger("vae"))
+            train_vae(self.vae, self.args.image_steps, self.args.vae_steps, self.args.vae_batch, self.logger("vae"))
             normalize(self.vae)
 
         self.stage("vae", {"vae": self.vae}, train)
@@ -201,9 +201,10 @@ class Trainer:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--vae_steps", type=int, default=1400)
-    parser.add_argument("--base_steps", type=int, default=2400)
-    parser.add_argument("--tune_steps", type=int, default=500)
+    parser.add_argument("--image_steps", type=int, default=1000)
+    parser.add_argument("--vae_steps", type=int, default=260)
+    parser.add_argument("--base_steps", type=int, default=1800)
+    parser.add_argument("--tune_steps", type=int, default=350)
     parser.add_argument("--vae_batch", type=int, default=24)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
