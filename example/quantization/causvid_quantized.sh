@@ -12,6 +12,8 @@ if ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("t
     exit 2
 fi
 
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave a shared CPU to those that work
+
 exec "$PYTHON" "$ROOT/example/quantization/run_causvid_quantized.py" \
     ${CONFIG_PATH:+--config_path "$CONFIG_PATH"} \
     ${DEFAULT_CONFIG_PATH:+--default_config_path "$DEFAULT_CONFIG_PATH"} \
