@@ -102,7 +102,8 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generator, "NUM_FRAMES", 4)
     monkeypatch.setattr(train, "SCENES", SCENES[:2])
     monkeypatch.setattr(train, "STARTS", STARTS[:2])
-    monkeypatch.setattr(train, "train_vae", lambda *arguments: None)
+    monkeypatch.setattr(train, "train_on_images", lambda *arguments: None)
+    monkeypatch.setattr(train, "train_on_clips", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)
     steps = [f"--{name}=1" for name in ("image_steps", "vae_steps", "base_steps", "tune_steps", "vae_batch", "batch")]
     arguments = [*steps, f"--output_folder={tmp_path / 'demo'}", f"--work_folder={tmp_path / 'work'}"]
@@ -111,4 +112,4 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "demo" / file).exists()
     capsys.readouterr()
     train.main([*arguments, "--resume"])
-    assert capsys.readouterr().out.count("taken from") == 4
+    assert capsys.readouterr().out.count("taken from") == 5

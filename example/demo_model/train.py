@@ -27,8 +27,8 @@ import generator  # noqa: E402
 from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from score import CRITERIA, score  # noqa: E402
 from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
-from vae import build_vae, decode, encode, half_precision, normalize, train_vae, whole_clip  # noqa: E402
-from world import FIRST_STARTS, SCENES, STARTS, Scene, render  # noqa: E402
+from vae import build_vae, decode, encode, half_precision, normalize, train_on_clips, train_on_images, whole_clip  # noqa: E402
+from world import FIRST_STARTS, SCENES, STARTS, Scene, render_many  # noqa: E402
 
 
 class Trainer:
@@ -77,12 +77,15 @@ class Trainer:
 
     def train_vae(self) -> None:
         self.vae = whole_clip(build_vae()).to(self.device)
+        args = self.args
 
-        def train():
-            train_vae(self.vae, self.args.image_steps, self.args.vae_steps, self.args.vae_batch, self.logger("vae"))
+        def clips():
+            train_on_clips(self.vae, args.vae_steps, args.vae_batch, self.logger("vae"))
             normalize(self.vae)
 
-        self.stage("vae", {"vae": self.vae}, train)
+        log = self.logger("images")
+        self.stage("images", {"vae": self.vae}, lambda: train_on_images(self.vae, args.image_steps, args.vae_batch, log))
+        self.stage("vae", {"vae": self.vae}, clips)
         self.vae.eval().requires_grad_(False)
         export.export_vae(self.vae, self.args.output_folder)
         shape = (1, 1, -1, 1, 1)
@@ -95,11 +98,10 @@ class Trainer:
         """Every prompt from every start; the first prompts' videos also there and back, to see what the VAE keeps."""
         start, frames, latents = time.perf_counter(), torch.arange(4 * generator.NUM_FRAMES - 3, device=self.device), []
         for scene in SCENES:
-            for starts in (STARTS[i : i + 8] for i in range(0, len(STARTS), 8)):
-                pixels = torch.stack([render(scene, s, frames) for s in starts])
-                with half_precision(self.device):
-                    encoded = encode(self.vae, pixels).float().transpose(1, 2)
-                latents.append(((encoded - self.mean) / self.std).to(torch.bfloat16))
+            pixels, _ = render_many([scene] * len(STARTS), STARTS, frames)
+            with half_precision(self.device):
+                encoded = encode(self.vae, pixels).float().transpose(1, 2)
+            latents.append(((encoded - self.mean) / self.std).to(torch.bfloat16))
         latents = torch.cat(latents).unflatten(0, (len(SCENES), len(STARTS)))
         tokens = self.tokenizer(
             [scene.prompt for scene in SCENES], padding="max_length", max_length=TEXT_LEN, return_tensors="pt"
@@ -201,11 +203,11 @@ class Trainer:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--image_steps", type=int, default=1000)
-    parser.add_argument("--vae_steps", type=int, default=260)
+    parser.add_argument("--image_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=150)
     parser.add_argument("--base_steps", type=int, default=1800)
     parser.add_argument("--tune_steps", type=int, default=350)
-    parser.add_argument("--vae_batch", type=int, default=24)
+    parser.add_argument("--vae_batch", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_folder", type=Path, default=ROOT / "weights/demo")

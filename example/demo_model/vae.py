@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 from torch import Tensor, nn
 
-from world import SCENES, SIZE, render
+from world import SCENES, SIZE, centers, render_many
 
 BASE_DIM = 16  # Wan 2.1: 96
 
@@ -87,45 +87,62 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return vae.decoder(vae.post_quant_conv(latents)).transpose(1, 2) / 2 + 0.5
 
 
-def random_clips(batch: int, frames: int, device: torch.device) -> Tensor:
-    """Clips [B, T, 3, 128, 128] of random scenes that start anywhere."""
-    time = torch.arange(frames, device=device)
-    picks = torch.randint(len(SCENES), (batch,)).tolist()
-    starts = (torch.rand(batch, 2) * SIZE).tolist()
-    return torch.stack([render(SCENES[i], start, time) for i, start in zip(picks, starts)])
+def random_clips(batch: int, frames: int, device: torch.device, window: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Clips [B, T, 3, window, window] of random scenes that start anywhere, and where their object is [B, T, 1, ...].
+
+    A window smaller than the frame is laid near the object's middle.
+    """
+    scenes = [SCENES[i] for i in torch.randint(len(SCENES), (batch,)).tolist()]
+    starts = [tuple(start) for start in (torch.rand(batch, 2) * SIZE).tolist()]
+    pixels, cover = render_many(scenes, starts, torch.arange(frames, device=device))
+    if window == SIZE:
+        return pixels, cover
+    cut = []
+    for scene, start in zip(scenes, starts):
+        middle = centers(scene, start, torch.tensor([frames / 2]))[0] + torch.randint(-16, 17, (2,))
+        cut.append((middle - window / 2).clamp(0, SIZE - window).int().tolist())
+    return tuple(
+        torch.stack([clip[..., y : y + window, x : x + window] for clip, (x, y) in zip(clips, cut)])
+        for clips in (pixels, cover)
+    )
 
 
-def train_vae(vae: AutoencoderKLWan, image_steps: int, steps: int, batch: int, log) -> None:
-    """Train a ``whole_clip`` VAE: on single pictures, which is cheap, then on clips, every fourth time on whole ones."""
-    fit_vae(vae, image_steps, 3e-3, lambda step: random_clips(2 * batch, 1, vae.device), log)
+def train_on_images(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
+    """Train a ``whole_clip`` VAE on windows of single pictures: cheap, and all that colours and shapes need."""
+    fit_vae(vae, steps, 4e-3, lambda: random_clips(batch, 1, vae.device, window=64), log)
 
-    def clips(step: int) -> Tensor:
-        whole = step % 4 == 3 and steps >= 100
-        return random_clips(max(1, batch // 5) if whole else batch, 81 if whole else 17, vae.device)
 
-    fit_vae(vae, steps, 2e-3, clips, log)
+def train_on_clips(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
+    """Train a ``whole_clip`` VAE that has seen pictures on clips of 33 frames."""
+    fit_vae(vae, steps, 2e-3, lambda: random_clips(batch, 33, vae.device), log)
 
 
 def fit_vae(vae: AutoencoderKLWan, steps: int, learning_rate: float, clips, log) -> None:
-    """Minimise the error of ``clips(step)`` [B, T, 3, 128, 128] there and back; the decoder sees latents with noise on them."""
+    """Minimise the error of ``clips()`` there and back; the decoder sees latents with noise on them.
+
+    Colour counts more than brightness, and the object more than the background: without that the network is content
+    with a gray object for hundreds of steps.
+    """
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        pixels = clips(step)
+        pixels, cover = clips()
         with half_precision(vae.device):
             latents = encode(vae, pixels).float()
-            # the transformer's latents will be a little off: noise up to a quarter of their spread
+            # the transformer's latents will be a little off: noise up to a fifth of their spread
             spread = latents.detach().std((0, 2, 3, 4), keepdim=True).clamp(min=0.05)
-            level = 0.25 * torch.rand(len(latents), 1, 1, 1, 1, device=vae.device)
+            level = 0.2 * torch.rand(len(latents), 1, 1, 1, 1, device=vae.device)
             decoded = decode(vae, latents + level * spread * torch.randn_like(latents)).float()
         error = decoded - pixels
-        loss = error.abs().mean() + 2 * error.square().mean() + 1e-4 * latents.square().mean()
+        colour = (error - error.mean(2, keepdim=True)).abs().mean()
+        brightness = error.abs().mean() + 2 * error.square().mean()
+        loss = brightness + 3 * colour + 2 * (cover * error.abs()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        log(step, steps, loss=loss, l1=error.abs().mean(), mse=error.square().mean())
+        log(step, steps, l1=error.abs().mean(), mse=error.square().mean(), colour=colour)
 
 
 @torch.no_grad()
@@ -136,7 +153,7 @@ def normalize(vae: AutoencoderKLWan) -> None:
     unit variance. A channel that hardly varies is left small rather than blown up.
     """
     device = vae.device
-    latents = torch.cat([encode(vae, random_clips(4, 41, device)).float() for _ in range(8)])
+    latents = torch.cat([encode(vae, random_clips(4, 41, device)[0]).float() for _ in range(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     std = std.clamp(min=std.median() / 4)
     wan_mean, wan_std = (torch.tensor(vae.config[name], device=device) for name in ("latents_mean", "latents_std"))

@@ -86,9 +86,21 @@ def coverage(shape: str, center: torch.Tensor) -> torch.Tensor:
 
 def render(scene: Scene, start: tuple[float, float], frames: torch.Tensor) -> torch.Tensor:
     """The world's pixels at the given frame numbers (any integers): [T] -> [T, 3, 128, 128] in [0, 1]."""
-    alpha = coverage(scene.shape, centers(scene, start, frames.float()))[:, None]
-    color, background = (
-        torch.tensor(rgb, device=frames.device)[:, None, None]
-        for rgb in (COLORS[scene.color], BACKGROUNDS[scene.background])
-    )
-    return background + alpha * (color - background)
+    return render_many([scene], [start], frames)[0][0]
+
+
+def render_many(
+    scenes: list[Scene], starts: list[tuple[float, float]], frames: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several clips at once: their pixels [B, T, 3, 128, 128] and how much of each is the object's [B, T, 1, 128, 128]."""
+    device = frames.device
+    middle = torch.stack([centers(*clip, frames.float().cpu()) for clip in zip(scenes, starts)]).to(device)
+    cover = torch.empty(*middle.shape[:2], SIZE, SIZE, device=device)
+    for shape in {scene.shape for scene in scenes}:
+        chosen = [i for i, scene in enumerate(scenes) if scene.shape == shape]
+        cover[chosen] = coverage(shape, middle[chosen])
+    cover = cover[:, :, None]
+    color = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
+    background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
+    background = background[:, None, :, None, None]
+    return background + cover * (color - background), cover

@@ -133,6 +133,14 @@ def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: 
     )
 
 
+def scaled_int8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` in one product, as `scaled_fp8_mm`, by the kernel of our own; K is a multiple of `kernels.BLOCK_K`."""
+    x_scale = x_scale.expand(x.shape[0], 1).reshape(-1)
+    w_scale = w_scale.expand(w.shape[0], 1).reshape(-1)
+    bias = x_scale.new_zeros(w.shape[0], dtype=torch.bfloat16) if bias is None else bias.to(torch.bfloat16)
+    return kernels.int8_scaled_mm(x, w, x_scale, w_scale, bias)
+
+
 def linear(
     xq: Tensor,
     x_scale: Tensor,
@@ -159,18 +167,13 @@ def linear(
     x = xq.reshape(-1, xq.shape[-1]).contiguous()
     x = pad_to(x, x.shape[0], w.shape[1])
     x_scale = x_scale.reshape(-1, 1)
-    if x.is_cuda and x.dtype != torch.int8 and out_dtype == torch.bfloat16 and w.shape[0] == n:
+    one_kernel = x.is_cuda and out_dtype == torch.bfloat16 and w.shape[0] == n
+    if one_kernel and x.dtype != torch.int8:
         y = scaled_fp8_mm(x, x_scale, w, w_scale, bias)
+    elif one_kernel and kernels is not None and x.shape[1] % kernels.BLOCK_K == 0:
+        y = scaled_int8_mm(x, x_scale, w, w_scale, bias)
     else:
         y = int8_mm(x, w) if x.dtype == torch.int8 else fp8_mm(x, w)
         y = y[:, :n].float().mul_(x_scale)
         y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
     return y.to(out_dtype).view(*xq.shape[:-1], n)
-
-
-def _scaled_int8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with scales and bias in its epilogue."""
-    x_scale = x_scale.expand(x.shape[0], 1).reshape(-1)
-    w_scale = w_scale.expand(w.shape[0], 1).reshape(-1)
-    bias = x_scale.new_zeros(w.shape[0], dtype=torch.bfloat16) if bias is None else bias.to(torch.bfloat16)
-    return kernels.int8_scaled_mm(x, w, x_scale, w_scale, bias)
