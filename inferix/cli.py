@@ -58,6 +58,12 @@ class Parser(argparse.ArgumentParser):
             default="per_token",
             help="per_token: a scale for every token and every weight channel; per_tensor: one for each tensor",
         )
+        add(
+            "--kv_cache_dtype",
+            choices=("auto", "fp8"),
+            default="auto",
+            help="fp8: keys and values in 8 bits, half the cache; a Hopper GPU with nvidia-cudnn-frontend attends in 8 bits",
+        )
         self.add_switch("--no_quantize", help="run in full precision, for comparison")
         add("--ulysses_size", type=int, default=1, help="processes that share the attention heads")
         add("--ring_size", type=int, default=1, help="processes that share the keys and values")

@@ -6,6 +6,8 @@ import torch
 from dax.quant.quantization import quantize_dynamic
 from dax.quant.quantization.qconfig import (
     get_dynamic_fp8_per_token_act_per_channel_weight_qconfig as fp8,
+)
+from dax.quant.quantization.qconfig import (
     get_dynamic_int8_per_token_act_per_channel_weight_qconfig as int8,
 )
 from inferix.models.attention import FP8, attention, merge, num_splits, saturating_cast

@@ -29,6 +29,7 @@ exec "$PYTHON" "$ROOT/example/quantization/run_causvid_quantized.py" \
     ${OUTPUT_FOLDER:+--output_folder "$OUTPUT_FOLDER"} \
     ${QUANT_TYPE:+--quant_type "$QUANT_TYPE"} \
     ${QUANT_GRANULARITY:+--quant_granularity "$QUANT_GRANULARITY"} \
+    ${KV_CACHE_DTYPE:+--kv_cache_dtype "$KV_CACHE_DTYPE"} \
     ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
     ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \
     ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} \

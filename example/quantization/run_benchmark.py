@@ -110,8 +110,7 @@ def build(geometry: Geometry, setting: Setting, device: torch.device, dtype: tor
     _, quantized, granularity, kv_cache = setting
     pipeline = CausalInferencePipeline(geometry.config, RandomBase(geometry, device), device, dtype)
     pipeline.to_device()
-    if kv_cache == "fp8":
-        pipeline.kv_cache_dtype = torch.float8_e4m3fn
+    pipeline.set_kv_cache_dtype(kv_cache)
     transformer = pipeline.generator.model
     if quantized == "torchao":
         quantize_with_torchao(transformer)

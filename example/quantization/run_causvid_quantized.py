@@ -99,6 +99,7 @@ def generate(args, live):
     report = cli.Report(transformer)
     if not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if live:
         live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="rollout")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inferix.config import PipelineConfig
 from inferix.errors import InputError
+from inferix.models.attention import FP8
 from inferix.models.base_model import BaseModel
 from inferix.models.kv_cache import KVCache
 from inferix.models.transformer import CausalWanTransformer, places
@@ -81,8 +82,11 @@ class CausalInferencePipeline:
         self.text_encoder = base.text_encoder()
         self.vae = base.vae()
         self.kv_cache_dtype = dtype
-        """``torch.float8_e4m3fn`` halves the cache and lets a Hopper GPU do attention in 8 bits."""
         self.cache: KVCache | None = None
+
+    def set_kv_cache_dtype(self, name: str) -> None:
+        """``fp8``: keys and values in 8 bits, half the cache, and attention in 8 bits where the GPU can; ``auto``: not."""
+        self.kv_cache_dtype = FP8 if name == "fp8" else self.dtype
 
     def to_device(self) -> None:
         for part in (self.generator.model, self.text_encoder, self.vae):
