@@ -114,7 +114,7 @@ def train_on_images(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
 
 def train_on_clips(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
     """Train a ``whole_clip`` VAE that has seen pictures on clips of 33 frames."""
-    fit_vae(vae, steps, 2e-3, lambda: random_clips(batch, 33, vae.device), log)
+    fit_vae(vae, steps, 1e-3, lambda: random_clips(batch, 33, vae.device), log)
 
 
 def fit_vae(vae: AutoencoderKLWan, steps: int, learning_rate: float, clips, log) -> None:
