@@ -117,7 +117,7 @@ def find_weights(given: Weights, real: Weights, demo: Weights) -> Weights:
     Raises InputError where a path does not exist.
     """
     chosen = Weights(*(path or default for path, default in zip(astuple(given), astuple(real))))
-    missing = [path for path in astuple(chosen) if not path.exists()]
+    missing = [path for path in (*filter(None, astuple(given)), *astuple(chosen)) if not path.exists()]
     if not missing:
         return chosen
     if any(astuple(given)) or not all(path.exists() for path in astuple(demo)):
