@@ -134,7 +134,6 @@ def test_a_typed_prompt_steers_the_next_rollout_of_causvid(tmp_path):
     (path,) = script.folder.iterdir()
     frames = video(path)
     backgrounds = segment(frames)[1]
-    print('BG', backgrounds.tolist())
     assert 72 + 36 <= len(frames) < 3 * 72  # as far as it got
     assert (backgrounds[:60] == list(BACKGROUNDS).index(RED.background)).all()
     assert (backgrounds[-12:] == list(BACKGROUNDS).index(BLUE.background)).all()
