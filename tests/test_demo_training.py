@@ -71,7 +71,7 @@ def test_whole_clips_are_coded_like_pieces():
 
 @torch.no_grad()
 def test_normalizing_keeps_what_is_decoded(monkeypatch):
-    monkeypatch.setattr(vae, "random_clips", lambda batch, frames, device: torch.rand(batch, 5, 3, 16, 16))
+    monkeypatch.setattr(vae, "random_clips", lambda batch, frames, device: (torch.rand(batch, 5, 3, 16, 16), None))
     torch.manual_seed(0)
     autoencoder = vae.whole_clip(vae.build_vae()).eval()
     pixels = torch.rand(2, 5, 3, 16, 16)
