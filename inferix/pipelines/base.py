@@ -60,7 +60,7 @@ class Pipeline:
         self.pipeline.generator.model.requires_grad_(False)
 
     def setup_devices(self, low_memory: bool = False) -> None:
-        """Move every part to the device, in the dtype it runs in."""
+        """Move every part to the device, in the dtype it runs in (``low_memory`` has no effect yet)."""
         self.pipeline.to_device()
 
     def example_prompt(self) -> str:
@@ -71,9 +71,9 @@ class Pipeline:
 
     def note_unknown(self, prompt: str) -> str | None:
         """One line about a prompt that the loaded model was not made for; None where there is nothing to say."""
-        unknown = self.pipeline.text_encoder.unknown_words(prompt)
         template = self.config.prompt_template
         if template is None:
+            unknown = self.pipeline.text_encoder.unknown_words(prompt)
             return f"the tokenizer does not know: {', '.join(unknown)}" if unknown else None
         if re.fullmatch(template_pattern(template), prompt.strip().rstrip("."), re.IGNORECASE):
             return None
