@@ -14,6 +14,7 @@ import vae
 from inferix.models.base_model import BaseModel
 from inferix.models.checkpoints import read_distilled
 from inferix.models.transformer import CausalWanTransformer
+from inferix.scheduler import FlowMatchScheduler
 from text import build_text_encoder, build_tokenizer
 from world import SCENES, STARTS
 
@@ -90,12 +91,11 @@ def test_teacher_forcing_sees_what_the_cache_holds(image, monkeypatch):
     monkeypatch.setattr(generator, "NUM_FRAMES", 7)
     torch.manual_seed(0)
     model = CausalWanTransformer(generator.CONFIG)
-    blocks, schedule = generator.video_blocks(image), generator.SCHEDULES["causvid"]
+    blocks, schedule = generator.video_blocks(image), FlowMatchScheduler(5.0, [1000], warp=True)
     given, text, noise = int(image), torch.randn(1, 8, 64), torch.randn(1, 7, 16, 8, 8)
-    latents, inputs = generator.rollout(model, text, schedule, noise, noise[:, :given], blocks)
-    steps = torch.tensor([schedule.denoising_timesteps[-1], schedule.denoising_sigmas[-1]])
-    level = steps[:, None, None].expand(2, 1, 7)
-    assert generator.x0_error(model, text, latents, inputs[-1], latents, level, blocks, given) < 1e-8
+    latents = generator.rollout(model, text, schedule, noise, noise[:, :given], blocks)
+    level = torch.tensor([1000.0, 1.0])[:, None, None].expand(2, 1, 7)
+    assert generator.x0_error(model, text, latents, noise, latents, level, blocks, given) < 1e-8
 
 
 def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
@@ -105,7 +105,10 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_on_images", lambda *arguments: None)
     monkeypatch.setattr(train, "train_on_clips", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)
-    steps = [f"--{name}=1" for name in ("image_steps", "vae_steps", "base_steps", "tune_steps", "vae_batch", "batch")]
+    steps = [
+        f"--{name}=1"
+        for name in ("image_steps", "vae_steps", "clip_steps", "opening_steps", "turn_steps", "vae_batch", "batch")
+    ]
     arguments = [*steps, f"--output_folder={tmp_path / 'demo'}", f"--work_folder={tmp_path / 'work'}"]
     train.main(arguments)
     for file in (export.SELF_FORCING, export.CAUSVID, f"{export.BASE}/config.json"):

@@ -1,9 +1,9 @@
-"""Training of the embedded model's causal transformer: teacher forcing, then few-step tuning on its own rollouts."""
+"""Training of the embedded model's causal transformer by teacher forcing, and sampling from it as the pipelines do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from inferix.scheduler import FlowMatchScheduler
 from text import TEXT_LEN
 from vae import half_precision
-from world import FIRST_STARTS
 
 CONFIG = TransformerConfig(
     dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=TEXT_LEN, num_heads=4, num_layers=6
@@ -28,10 +27,10 @@ NUM_FRAMES = 21
 BLOCK = 3  # latent frames
 
 
-def video_blocks(image: bool) -> list[tuple[int, int]]:
+def video_blocks(image: bool) -> tuple[tuple[int, int], ...]:
     """Start and end of every block; after an image, which is a block of its own, the last block is cut short."""
     starts = [0, *range(1, NUM_FRAMES, BLOCK)] if image else range(0, NUM_FRAMES, BLOCK)
-    return list(zip(starts, [*starts[1:], NUM_FRAMES]))
+    return tuple(zip(starts, [*starts[1:], NUM_FRAMES]))
 
 
 @dataclass
@@ -44,22 +43,9 @@ class World:
 
     def draw(self, batch: int, first: bool) -> tuple[Tensor, Tensor]:
         """Random prompts and starts, each [B]; ``first``: of clips that no other came before."""
-        prompts, starts = self.latents.shape[:2]
-        device = self.latents.device
-        starts = min(starts, FIRST_STARTS) if first else starts
-        return torch.randint(prompts, (batch,), device=device), torch.randint(starts, (batch,), device=device)
-
-    def first_blocks(self, prompt: Tensor) -> Tensor:
-        """The first block of the prompts' clips from every one of FIRST_STARTS: [B, starts, BLOCK*16*h*w]."""
-        return self.latents[prompt, :FIRST_STARTS, :BLOCK].flatten(2).float()
-
-    def nearest_start(self, prompt: Tensor, block: Tensor) -> Tensor:
-        """The starts [B] that first blocks [B, BLOCK, 16, h, w] are nearest to."""
-        return torch.cdist(block.flatten(1)[:, None], self.first_blocks(prompt))[:, 0].argmin(-1)
-
-    def matching_start(self, prompt: Tensor, noise: Tensor) -> Tensor:
-        """The starts [B] whose first blocks correlate most with noise [B, BLOCK, 16, h, w]."""
-        return (self.first_blocks(prompt) @ noise.flatten(1)[:, :, None])[..., 0].argmax(-1)
+        (prompts, starts), device = self.latents.shape[:2], self.latents.device
+        start = torch.randint(1 if first else starts, (batch,), device=device)
+        return torch.randint(prompts, (batch,), device=device), start
 
     def embed(self, encoder: UMT5EncoderModel, prompt: Tensor) -> Tensor:
         """Prompt embeddings [B, TEXT_LEN, text_dim], those of the padding zero."""
@@ -71,37 +57,36 @@ def attention_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-@cache
-def teacher_forcing_mask(blocks: tuple[tuple[int, int], ...], tokens: int, device: torch.device) -> Tensor:
-    """Who sees whom among [clean frames | noisy frames], [2*F*S, 2*F*S], for S tokens a frame.
-
-    A clean block sees the clean frames up to itself; a noisy block sees the clean frames before it, and itself.
-    """
-    index = torch.tensor([i for i, (start, end) in enumerate(blocks) for _ in range(start, end)], device=device)
-    index = index.repeat_interleave(tokens)
-    before, same = index[:, None] > index, index[:, None] == index
-    none = torch.zeros_like(same)
-    return torch.cat([torch.cat([before | same, none], 1), torch.cat([before, same], 1)], 0)
-
-
 class TeacherForcing:
-    """Takes the place of the KV cache where all blocks are trained at once on [clean frames | noisy frames]."""
+    """Takes the place of the KV cache where all blocks are trained at once on [clean frames | noisy frames].
 
-    def __init__(self, text: list[tuple[Tensor, Tensor]], blocks: list[tuple[int, int]], tokens_per_frame: int):
+    A clean block sees the clean frames up to itself; a noisy block sees the clean frames before it, and itself. Every
+    block has an attention of its own: one masked attention would work on all pairs, of which more than half are unseen.
+    """
+
+    def __init__(self, text: list[tuple[Tensor, Tensor]], blocks: tuple[tuple[int, int], ...], tokens_per_frame: int):
         self.text = text
-        device = text[0][0].device
-        self.dtype = attention_dtype(device)
-        self.mask = teacher_forcing_mask(tuple(blocks), tokens_per_frame, device)
+        self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
 
     def room(self, layer: int) -> list[Tensor]:
         """Where this layer's keys and values [B, T, H, d] are written to: new memory, since gradients flow through."""
         batch, _, heads, head_dim = self.text[layer][0].shape
-        shape = (batch, len(self.mask), heads, head_dim)
-        self.new = [torch.empty(shape, device=self.mask.device, dtype=self.dtype) for _ in range(2)]
+        device, shape = self.text[layer][0].device, (batch, 2 * self.blocks[-1][1], heads, head_dim)
+        self.new = [torch.empty(shape, device=device, dtype=attention_dtype(device)) for _ in range(2)]
         return self.new
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        return attention(q, *self.new, mask=self.mask)
+        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, dim=1) for x in (q, *self.new))
+        clean = [attention(clean_q[:, s:e], clean_k[:, :e], clean_v[:, :e]) for s, e in self.blocks]
+        noisy = [
+            attention(
+                noisy_q[:, s:e],
+                torch.cat([clean_k[:, :s], noisy_k[:, s:e]], 1),
+                torch.cat([clean_v[:, :s], noisy_v[:, s:e]], 1),
+            )
+            for s, e in self.blocks
+        ]
+        return torch.cat([*clean, *noisy], 1)
 
 
 def x0_error(
@@ -135,7 +120,7 @@ def x0_error(
     return (noisy - sigma * flow.float() - x0)[:, given:].square().mean()
 
 
-def per_frame(blocks: list[tuple[int, int]], level: Tensor) -> Tensor:
+def per_frame(blocks: tuple[tuple[int, int], ...], level: Tensor) -> Tensor:
     """Values of the blocks [..., blocks] repeated for their frames [..., F]."""
     return torch.cat([level[..., i : i + 1].expand(*level.shape[:-1], e - s) for i, (s, e) in enumerate(blocks)], -1)
 
@@ -155,33 +140,68 @@ def random_given() -> int:
     return 1 if kind < 0.15 else BLOCK if kind < 0.35 else 0
 
 
-def base_loss(model: CausalWanTransformer, encoder, world: World, batch: int, from_noise: float = 0.5) -> Tensor:
-    """Teacher forcing on true videos; for a share ``from_noise`` of them the first block starts from noise alone.
+@dataclass
+class Batch:
+    """What one step trains on; see ``x0_error``."""
 
-    From noise alone no start is to be seen. So that the answer is one crisp scene rather than the mean of all, noise is
-    paired with the start whose first block correlates most with it.
+    given: int
+    blocks: tuple[tuple[int, int], ...]
+    prompt: Tensor  # [B]
+    context: Tensor
+    noisy: Tensor
+    x0: Tensor
+    level: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.prompt, self.context, self.noisy, self.x0, self.level]
+
+
+def noisy_batch(
+    world: World, size: int, given: int, blocks: tuple[tuple[int, int], ...], from_noise=0.0, turning=0.0
+) -> Batch:
+    """True videos with noise on them.
+
+    Args:
+        given: frames at the start that are not generated.
+        blocks: start and end of every block.
+        from_noise: for this share of them the first block starts from noise alone.
+        turning: for this share of them the given frames are another prompt's; what follows is as if they were not.
     """
-    given = random_given()
-    blocks = video_blocks(image=given == 1)
-    prompt, start = world.draw(batch, first=given == 0)
-    device = prompt.device
-    level = random_levels(batch, len(blocks), device)
-    noise = torch.randn(batch, *world.latents.shape[2:], device=device)
-    if given == 0:
-        level[:, : int(from_noise * batch), 0] = level.new_tensor([1000.0, 1.0])[:, None]
-        matched = world.matching_start(prompt, noise[:, :BLOCK])
-        start = torch.where(level[1, :, 0] == 1, matched, start)
-    x0 = world.latents[prompt, start].float()
+    prompt, start = world.draw(size, first=given == 0)
+    device, frames = prompt.device, blocks[-1][1]
+    level = random_levels(size, len(blocks), device)
+    level[:, : int(from_noise * size), 0] = level.new_tensor([1000.0, 1.0])[:, None]
     level = per_frame(blocks, level)
-    sigma = level[1, :, :, None, None, None]
-    context = x0 + 0.2 * torch.rand(batch, 1, 1, 1, 1, device=device) * torch.randn_like(x0)
-    noisy = (1 - sigma) * x0 + sigma * noise
-    return x0_error(model, world.embed(encoder, prompt), context, noisy, x0, level, blocks, given)
+    turned = int(turning * size)
+    start[:turned] = 0
+    x0 = world.latents[prompt, start, :frames].float()
+    x0[:turned, :given] = world.latents[world.draw(turned, first=False)][:, :given].float()
+    sigma, noise = level[1, :, :, None, None, None], torch.randn_like(x0)
+    context = x0 + 0.2 * torch.rand(size, 1, 1, 1, 1, device=device) * torch.randn_like(x0)
+    return Batch(given, blocks, prompt, context, (1 - sigma) * x0 + sigma * noise, x0, level)
 
 
+def clip_batch(world: World, size: int) -> Batch:
+    """Whole clips, of which a part starts from given frames."""
+    given = random_given()
+    return noisy_batch(world, size, given, video_blocks(image=given == 1), from_noise=0.5 * (given == 0))
+
+
+def opening_batch(world: World, size: int) -> Batch:
+    """First blocks alone: all that a clip takes from the prompt is there, for a seventh of the work."""
+    return noisy_batch(world, size, 0, ((0, BLOCK),), from_noise=0.5)
+
+
+def turning_batch(world: World, size: int) -> Batch:
+    """Whole clips that go on from a block, half of them from another prompt's: what a new prompt in CausVid does."""
+    return noisy_batch(world, size, BLOCK, video_blocks(image=False), turning=0.5)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # not worth compiling for its many shapes
 def rollout(
     model: CausalWanTransformer, text: Tensor, schedule: FlowMatchScheduler, noise: Tensor, given: Tensor, blocks
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Sample block by block as the pipelines do.
 
     Args:
@@ -189,14 +209,13 @@ def rollout(
         given: clean latents [B, f, 16, h, w] that the video starts with; f may be 0.
 
     Returns:
-        The clean latents [B, F, 16, h, w], and what every step started from [steps, B, F, 16, h, w].
+        The clean latents [B, F, 16, h, w].
     """
     height, width, device = *noise.shape[-2:], noise.device
     dtype = attention_dtype(device)
     cache = KVCache(model.config, (*noise.shape[:2], height * width // 4), device, dtype, dtype)
     cache.set_text(model.embed_text(text))
     done = torch.cat([given, noise[:, given.shape[1] :]], 1)
-    inputs = noise.expand(len(schedule.denoising_sigmas), *noise.shape).clone()
     for start, end in blocks:
         cache.place(start, end - start)
         rope = model.rope(torch.arange(start, end, device=device), height, width)
@@ -206,56 +225,77 @@ def rollout(
 
         if start >= given.shape[1]:
             x0 = None
-            for i, (timestep, sigma) in enumerate(zip(schedule.denoising_timesteps, schedule.denoising_sigmas)):
-                if x0 is not None:
-                    inputs[i, :, start:end] = schedule.add_noise(x0, torch.randn_like(x0), sigma)
-                latents = inputs[i, :, start:end]
+            for timestep, sigma in zip(schedule.denoising_timesteps, schedule.denoising_sigmas):
+                fresh = noise[:, start:end]
+                latents = fresh if x0 is None else schedule.add_noise(x0, torch.randn_like(fresh), sigma)
                 x0 = schedule.to_x0(latents, flow(latents, timestep), sigma)
             done[:, start:end] = x0
         if end < noise.shape[1]:
             flow(done[:, start:end], 0.0)
-    return done, inputs
+    return done
 
 
-def rollout_losses(
-    model: CausalWanTransformer, encoder, world: World, schedule: FlowMatchScheduler, batch: int, passes: int
-):
-    """Yield losses on the model's own rollout: from where its steps led it, to the scene that its first block chose.
+class TrainingStep:
+    """One step of AdamW on a batch.
 
-    A part of the rollouts starts from given frames: an image, or the frames that a CausVid rollout takes over.
+    On a GPU, launching its thousands of small kernels takes longer than running them: it is captured in a CUDA graph,
+    once for each kind of batch, and replayed. The learning rate is a tensor for that reason.
     """
-    given = random_given()
-    blocks = video_blocks(image=given == 1)
-    prompt, start = world.draw(batch, first=given == 0)
-    noise = torch.randn(batch, *world.latents.shape[2:], device=prompt.device)
-    first = world.latents[prompt, start, :given].float()
-    with torch.no_grad(), half_precision(noise.device):
-        text = world.embed(encoder, prompt)
-        own, inputs = rollout(model, text, schedule, noise, first, blocks)
-    if not given:
-        start = world.nearest_start(prompt, own[:, :BLOCK])
-    x0 = world.latents[prompt, start].float()
-    steps = torch.tensor([schedule.denoising_timesteps, schedule.denoising_sigmas], device=prompt.device)
-    for _ in range(passes):
-        step = torch.randint(steps.shape[1], (batch, len(blocks)), device=prompt.device)
-        step = per_frame(blocks, step)
-        noisy = inputs.gather(0, step[None, :, :, None, None, None].expand_as(inputs[:1]))[0]
-        yield x0_error(model, text, own, noisy, x0, steps[:, step], blocks, given)
 
+    def __init__(self, model: CausalWanTransformer, encoder, world: World, parameters: list[Tensor]):
+        self.model, self.encoder, self.world, self.parameters = model, encoder, world, parameters
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=torch.tensor(0.0, device=parameters[0].device),
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            capturable=parameters[0].is_cuda,
+        )
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, Tensor]]] = {}
 
-def fit(parameters: list[Tensor], losses, steps: int, learning_rate: float, log, ema_decay: float = 0.99) -> None:
-    """Minimise ``losses``, an iterator, and leave in ``parameters`` their moving average."""
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    averaged = [parameter.detach().clone() for parameter in parameters]
-    for step, loss in zip(range(steps), losses):
-        optimizer.zero_grad()
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the norm of its gradient, both before the step."""
+        self.optimizer.zero_grad()
+        text = self.world.embed(self.encoder, batch.prompt)
+        loss = x0_error(self.model, text, batch.context, batch.noisy, batch.x0, batch.level, batch.blocks, batch.given)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach(), norm
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not batch.x0.is_cuda:
+            return self.run(batch)
+        if (batch.blocks, batch.given) not in self.captured:
+            self.captured[batch.blocks, batch.given] = self.capture(batch)
+        graph, static, result = self.captured[batch.blocks, batch.given]
+        torch._foreach_copy_(static.tensors(), batch.tensors())
+        graph.replay()
+        return result
+
+    def capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, Tensor]]:
+        """Capture the step, after a few ordinary ones that compile it and plan its memory."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.run(batch)
+        torch.cuda.synchronize()
+        self.optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.run(batch)
+        return graph, batch, result
+
+
+def fit(step: TrainingStep, batches: Iterator[Batch], steps: int, learning_rate: float, log, decay: float = 0.99):
+    """Train, and leave in the parameters their moving average."""
+    schedule = torch.optim.lr_scheduler.OneCycleLR(step.optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    averaged = [parameter.detach().clone() for parameter in step.parameters]
+    for number, batch in zip(range(steps), batches):
+        loss, norm = step(batch)
         schedule.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averaged, [parameter.detach() for parameter in parameters], 1 - decay)
-        log(step, steps, mse=loss, gradient=norm)
-    for parameter, mean in zip(parameters, averaged):
+        weight = 1 - min(decay, (number + 1) / (number + 10))
+        torch._foreach_lerp_(averaged, [parameter.detach() for parameter in step.parameters], weight)
+        log(number, steps, mse=loss, gradient=norm)
+    for parameter, mean in zip(step.parameters, averaged):
         parameter.data.copy_(mean)

@@ -109,16 +109,16 @@ def random_clips(batch: int, frames: int, device: torch.device, window: int = SI
 
 def train_on_images(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
     """Train a ``whole_clip`` VAE on windows of single pictures: cheap, and all that colours and shapes need."""
-    fit_vae(vae, steps, 4e-3, lambda: random_clips(batch, 1, vae.device, window=64), log)
+    fit_vae(vae, steps, 4e-3, lambda step: random_clips(batch, 1, vae.device, window=64), log)
 
 
 def train_on_clips(vae: AutoencoderKLWan, steps: int, batch: int, log) -> None:
-    """Train a ``whole_clip`` VAE that has seen pictures on clips of 33 frames."""
-    fit_vae(vae, steps, 1e-3, lambda: random_clips(batch, 33, vae.device), log)
+    """Train a ``whole_clip`` VAE that has seen pictures on clips of 17 frames, and at last of 33."""
+    fit_vae(vae, steps, 1e-3, lambda step: random_clips(batch, 17 if step < 0.75 * steps else 33, vae.device), log)
 
 
 def fit_vae(vae: AutoencoderKLWan, steps: int, learning_rate: float, clips, log) -> None:
-    """Minimise the error of ``clips()`` there and back; the decoder sees latents with noise on them.
+    """Minimise the error of ``clips(step)`` there and back; the decoder sees latents with noise on them.
 
     Colour counts more than brightness, and the object more than the background: without that the network is content
     with a gray object for hundreds of steps.
@@ -126,7 +126,7 @@ def fit_vae(vae: AutoencoderKLWan, steps: int, learning_rate: float, clips, log)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        pixels, cover = clips()
+        pixels, cover = clips(step)
         with half_precision(vae.device):
             latents = encode(vae, pixels).float()
             # the transformer's latents will be a little off: noise up to a fifth of their spread

@@ -360,8 +360,10 @@ class CausalWanTransformer(nn.Module):
 
     def compile(self) -> None:
         """Let ``torch.compile`` fuse norms, modulation, rotation and quantization into few kernels."""
+        from inferix.models.inductor import whole_rows  # seconds to import, and of no use on a CPU
+
         for part in ("enter", "between", "leave"):
-            setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
+            setattr(self, part, torch.compile(getattr(self, part), backend=whole_rows, dynamic=False))
 
     def embed_patches(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] to tokens [B, F, S, D]: the patch convolution, as one product."""
