@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
@@ -43,12 +44,16 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             time.sleep(SECONDS_TO_END)  # mostly the first process says the same, and the job ends before this one does
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except Exception as error:
+        if argv is not None or "RANK" not in os.environ:
+            raise
         if isinstance(error, DistError) or "gloo" in str(error):
             time.sleep(SECONDS_TO_END)  # another process has died: its error is the one to be shown
-        raise
+        traceback.print_exc()
+        os._exit(1)  # at once: an orderly end waits for the others, which wait for this one
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if rank() == 0:
+            print("stopped", file=sys.stderr)
         if argv is None:  # all files are closed: spare whoever waits that the interpreter takes torch apart
             sys.stdout.flush()
             os._exit(130)
@@ -249,17 +254,21 @@ def noted(prompts: list[str] | Iterator[str], pipeline: Pipeline) -> list[str] |
     return [note(prompt) for prompt in prompts] if isinstance(prompts, list) else map(note, prompts)
 
 
-def parallel_config(ulysses_size: int | None, ring_size: int | None, base_model: Path) -> ParallelConfig:
+def attention_heads(base_model: Path) -> int:
+    """Of the base model in this folder. Raises InputError where there is none."""
+    return BaseModel(base_model).config.num_heads
+
+
+def parallel_config(ulysses_size: int | None, ring_size: int | None, num_heads: int) -> ParallelConfig:
     """How this process takes part in a ``torchrun`` job, from the variables that torchrun sets.
 
-    A size that is None is chosen to fit: Ulysses over as many ranks as the base model's heads allow, ring over the rest.
+    A size that is None is chosen to fit: Ulysses over as many ranks as the attention heads allow, ring over the rest.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     if ulysses_size is None:
-        heads = BaseModel(base_model).config.num_heads
-        ulysses_size = math.gcd(world_size, heads) if ring_size is None else max(1, world_size // max(1, ring_size))
+        ulysses_size = math.gcd(world_size, num_heads) if ring_size is None else max(1, world_size // max(1, ring_size))
     if ring_size is None:
         ring_size = max(1, world_size // max(1, ulysses_size))
     return ParallelConfig(ulysses_size, ring_size, local_rank, rank, world_size)
@@ -271,7 +280,8 @@ def low_memory(args: argparse.Namespace, pipeline: Pipeline) -> bool:
         return bool(args.low_memory)
     free, _ = torch.cuda.mem_get_info(pipeline.device)
     needed, small = (sum(pipeline.pipeline.gpu_memory(low).values()) for low in (False, True))
-    if needed <= free:
+    parallel, scarce = pipeline.pipeline.parallel, needed > free
+    if not (parallel.any(scarce) if parallel else scarce):  # what one process does, all do
         return False
     print(
         f"{needed / 1e9:.1f} GB of GPU memory are needed and {free / 1e9:.1f} GB free: "

@@ -25,6 +25,8 @@ from torch import Tensor
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name for the same
+
 PATIENCE = timedelta(days=365)
 """How long a rank waits for the next clip. Who leads may wait for a person; that it died is noticed at once all the same."""
 
@@ -58,6 +60,7 @@ class SequenceParallel:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(leave_the_job)
         self.rank, self.world_size = config.rank, config.world_size
         self.ulysses_size, self.ring_size = config.ulysses_size, config.ring_size
         ranks = torch.arange(config.world_size).view(config.ring_size, config.ulysses_size)
@@ -89,6 +92,12 @@ class SequenceParallel:
             with suppress(RuntimeError):  # they have ended themselves
                 self.tell(None)
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so for any rank."""
+        flag = torch.tensor(int(mine))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
     def share(self, tensor: Tensor) -> Tensor:
         """Fill ``tensor`` with what the leading rank has in it."""
         tensor = tensor.contiguous()
@@ -104,7 +113,7 @@ class SequenceParallel:
     def whole(self, tokens: Tensor) -> Tensor:
         """All frames' tokens [B, F, S, D], put together from every rank's ``own`` [B, F, s, D]."""
         gathered = tokens.new_empty(self.world_size, *tokens.shape)
-        dist.all_gather(list(gathered), tokens.contiguous())
+        all_gather(gathered.flatten(0, 1), tokens.contiguous())
         return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def tokens_for_heads(self, tensors: list[Tensor], frames: int) -> list[Tensor]:
@@ -131,7 +140,7 @@ class SequenceParallel:
     def visiting(self, q: Tensor) -> Tensor:
         """The queries [B, R*T, H, d] of all ring ranks for this one's keys, from each one's [B, T, H, d]."""
         gathered = q.new_empty(self.ring_size, *q.shape)
-        dist.all_gather(list(_as_bytes(gathered)), _as_bytes(q.contiguous()), group=self.ring)
+        all_gather(_as_bytes(gathered.flatten(0, 1)), _as_bytes(q.contiguous()), group=self.ring)
         return gathered.transpose(0, 1).flatten(1, 2)
 
     def returned(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +160,12 @@ class SequenceParallel:
         received = torch.empty_like(sent)
         dist.all_to_all_single(_as_bytes(received), _as_bytes(sent), group=group)
         return received
+
+
+def leave_the_job() -> None:
+    """End the threads of the process groups before the interpreter takes apart what they use."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -85,9 +85,8 @@ def test_sizes_that_do_not_divide(sizes, tokens, complaint):
     [((None, None), 4, (2, 2)), ((None, 4), 4, (1, 4)), ((1, None), 4, (1, 4)), ((None, None), 1, (1, 1))],
 )
 def test_sizes_not_given(given, world, sizes, monkeypatch):
-    """The golden model has two heads."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    config = parallel_config(*given, ranks.BASE)
+    config = parallel_config(*given, num_heads=2)
     assert (config.ulysses_size, config.ring_size) == sizes
 
 

@@ -100,7 +100,7 @@ def generate(args, live):
         default_config_path=args.default_config_path,
         wan_base_model_path=weights.base,
         enable_kv_offload=args.enable_kv_offload,
-        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size, weights.base),
+        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size, cli.attention_heads(weights.base)),
     )
     pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema)
     low_memory = cli.low_memory(args, pipeline)
