@@ -103,7 +103,7 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
     ("changes", "complaint"),
     [
         ({"NPROC": "2", "ULYSSES_SIZE": "4"}, "ulysses_size 4 x ring_size 1 is not the number of processes (2)"),
-        ({"NPROC": "2", "PROMPT": ";"}, "the prompt is empty"),
+        ({"NPROC": "2", "OUTPUT_FOLDER": "/proc/nowhere"}, "choose another folder"),  # which the first process finds
         ({"NPROC": "two"}, "NPROC must be a number"),
     ],
 )
@@ -120,7 +120,9 @@ def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F81
     with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         shown = b""
         while b"2/1000" not in shown:
-            shown += process.stderr.read1()
+            chunk = process.stderr.read1()
+            assert chunk, shown
+            shown += chunk
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (victim,) = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
         os.kill(int(victim), signal.SIGKILL)

@@ -51,7 +51,7 @@ def parse_arguments(argv):
 def quantize_transformer(transformer, quant_type="fp8", granularity="per_token", process_group=None):
     """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not.
 
-    Where several processes share a video, ``process_group`` is theirs.
+    Where several processes share a video, each with some tokens, a tensor's scale is that of all of ``process_group``.
     """
     from dax.quant.quantization import qconfig, quantize_dynamic
 
@@ -61,9 +61,11 @@ def quantize_transformer(transformer, quant_type="fp8", granularity="per_token",
         ("int8", "per_token"): qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): qconfig.get_default_dynamic_int8_qconfig,
     }
-    chosen = choices[quant_type, granularity]()
+    default = choices[quant_type, granularity]()
+    if granularity == "per_tensor" and process_group is not None:
+        default = replace(default, process_group=process_group)
     qconfig_dict = {
-        "": chosen if process_group is None else replace(chosen, process_group=process_group),
+        "": default,
         "condition_embedder": None,
         "proj_out": None,
     }
