@@ -2,9 +2,13 @@
 
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
@@ -13,11 +17,16 @@ from pathlib import Path
 import torch
 import yaml
 from torch import nn
+from torch.distributed import DistError
 
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
+from inferix.models.base_model import BaseModel
 from inferix.pipelines.base import Pipeline
-from inferix.video import count_frames
+from inferix.video import VideoWriter, count_frames
+
+SECONDS_TO_END = 5
+"""What a process gets to end in order when its job has failed."""
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -25,24 +34,64 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     if argv is None:  # a process of its own: let `kill` clean up half-written files as Ctrl-C does
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        if "RANK" in os.environ:
+            end_with_the_job()
     try:
         main(argv)
         return 0
     except InputError as error:
+        if rank() > 0:
+            time.sleep(SECONDS_TO_END)  # mostly the first process says the same, and the job ends before this one does
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if argv is not None or "RANK" not in os.environ:
+            raise
+        if isinstance(error, DistError) or "gloo" in str(error):
+            time.sleep(SECONDS_TO_END)  # another process has died: its error is the one to be shown
+        traceback.print_exc()
+        os._exit(1)  # at once: an orderly end waits for the others, which wait for this one
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if rank() == 0:
+            print("stopped", file=sys.stderr)
         if argv is None:  # all files are closed: spare whoever waits that the interpreter takes torch apart
             sys.stdout.flush()
             os._exit(130)
         return 130
 
 
+def rank() -> int:
+    """This process's number in a ``torchrun`` job."""
+    return int(os.environ.get("RANK", 0))
+
+
+def end_with_the_job() -> None:
+    """Make this process one of a ``torchrun`` job: only the first one prints, and none outlives another that died.
+
+    torchrun then sends SIGTERM. Whoever waits for the dead process inside a GPU's or a network's library would notice
+    never, or half a minute later when it is killed.
+    """
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # a signal's number is written there whatever is going on
+
+    def watch():
+        while os.read(told, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(SECONDS_TO_END)
+        for path in VideoWriter.partials:
+            path.unlink(missing_ok=True)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, and has the flags that both runners take."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, offload: bool = False):
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument
         add("--config_path", type=Path, help="YAML config of the sampler")
@@ -65,8 +114,16 @@ class Parser(argparse.ArgumentParser):
             help="fp8: keys and values in 8 bits, half the cache; a Hopper GPU with nvidia-cudnn-frontend attends in 8 bits",
         )
         self.add_switch("--no_quantize", help="run in full precision, for comparison")
-        add("--ulysses_size", type=int, default=1, help="processes that share the attention heads")
-        add("--ring_size", type=int, default=1, help="processes that share the keys and values")
+        add("--ulysses_size", type=int, help="processes that share the attention heads (default: as many as fit)")
+        add("--ring_size", type=int, help="processes that share the keys and values (default: the rest)")
+        self.add_switch("--enable_kv_offload", default=offload, help="keep the key-value cache in host memory")
+        self.add_switch(
+            "--low_memory",
+            default=None,
+            help="fit a small GPU: cache and text encoder in host memory, keys, values and text encoder in 8 bits "
+            "(default: where the GPU has less free memory than the run needs)",
+        )
+        self.add_switch("--quantize_text_encoder", help="the text encoder in 8 bits too")
         self.add_switch("--enable_webrtc", help="show the video in a browser while it is made")
         add("--webrtc_host", default="127.0.0.1", help="address the page is served at")
         add("--webrtc_port", type=int, default=8000, help="port the page is served at")
@@ -129,8 +186,11 @@ def find_weights(given: Weights, real: Weights, demo: Weights) -> Weights:
 
 
 def watched(args: argparse.Namespace) -> AbstractContextManager:
-    """The page on which the generation is watched, served while entered; None takes its place where nobody asked."""
-    if not args.enable_webrtc:
+    """The page on which the generation is watched, served while entered; None takes its place where nobody asked.
+
+    Of a ``torchrun`` job the first process serves it.
+    """
+    if not args.enable_webrtc or rank() > 0:
         return nullcontext()
     try:
         from inferix.webrtc import Live, WebRTCConfig
@@ -194,14 +254,40 @@ def noted(prompts: list[str] | Iterator[str], pipeline: Pipeline) -> list[str] |
     return [note(prompt) for prompt in prompts] if isinstance(prompts, list) else map(note, prompts)
 
 
-def parallel_config(ulysses_size: int, ring_size: int) -> ParallelConfig:
-    """How this process takes part in a ``torchrun`` job, from the variables that torchrun sets."""
+def attention_heads(base_model: Path) -> int:
+    """Of the base model in this folder. Raises InputError where there is none."""
+    return BaseModel(base_model).config.num_heads
+
+
+def parallel_config(ulysses_size: int | None, ring_size: int | None, num_heads: int) -> ParallelConfig:
+    """How this process takes part in a ``torchrun`` job, from the variables that torchrun sets.
+
+    A size that is None is chosen to fit: Ulysses over as many ranks as the attention heads allow, ring over the rest.
+    """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    if world_size > 1:
-        raise InputError("generation on several GPUs is not supported yet: start a single process")
+    if ulysses_size is None:
+        ulysses_size = math.gcd(world_size, num_heads) if ring_size is None else max(1, world_size // max(1, ring_size))
+    if ring_size is None:
+        ring_size = max(1, world_size // max(1, ulysses_size))
     return ParallelConfig(ulysses_size, ring_size, local_rank, rank, world_size)
+
+
+def low_memory(args: argparse.Namespace, pipeline: Pipeline) -> bool:
+    """Whether to do with little GPU memory: as asked for, else where more is needed than is free. Says so if it does."""
+    if args.low_memory is not None or pipeline.device.type != "cuda":
+        return bool(args.low_memory)
+    free, _ = torch.cuda.mem_get_info(pipeline.device)
+    needed, small = (sum(pipeline.pipeline.gpu_memory(low).values()) for low in (False, True))
+    parallel, scarce = pipeline.pipeline.parallel, needed > free
+    if not (parallel.any(scarce) if parallel else scarce):  # what one process does, all do
+        return False
+    print(
+        f"{needed / 1e9:.1f} GB of GPU memory are needed and {free / 1e9:.1f} GB free: "
+        f"low memory, which takes about {small / 1e9:.1f} GB (--low_memory false: try without)"
+    )
+    return True
 
 
 def check_can_quantize(quant_type: str) -> None:

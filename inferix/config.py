@@ -47,11 +47,11 @@ class PipelineConfig:
     context_noise: int = 0
     """Timestep at which a finished block is run again to fill the cache."""
     local_attn_size: int = -1
-    """Latent frames that attention sees; -1: all of the clip."""
+    """Latent frames that attention sees, the block at hand included; -1: as many as ``image_or_video_shape`` has."""
     sink_size: int = 0
-    """First latent frames that a rolling window never drops."""
+    """First latent frames that the window never drops when it rolls on over a longer video."""
     image_or_video_shape: tuple[int, ...] = (1, 21, 16, 60, 104)
-    """Batch, latent frames, channels, latent height and width."""
+    """Batch, latent frames of a clip, channels, latent height and width."""
     prompt_template: str | None = None
     """What a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
 
@@ -65,9 +65,12 @@ class PipelineConfig:
             (0 <= self.context_noise <= 1000, "context_noise between 0 and 1000"),
             (
                 self.local_attn_size == -1 or self.local_attn_size >= self.num_frame_per_block,
-                "local_attn_size of a block",
+                "local_attn_size of a block at least, or -1",
             ),
-            (0 <= self.sink_size and self.sink_size != self.local_attn_size, "sink_size below local_attn_size"),
+            (
+                0 <= self.sink_size <= self.rolling_frames() - self.num_frame_per_block,
+                "sink_size at least a block below local_attn_size",
+            ),
             (
                 len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
                 "image_or_video_shape of 5 sizes",
@@ -76,6 +79,14 @@ class PipelineConfig:
         ):
             if not right:
                 raise ValueError(f"it needs {wanted}")
+
+    def rolling_frames(self) -> int:
+        """Latent frames that attention sees at most."""
+        return (
+            max(self.image_or_video_shape[1], self.num_frame_per_block)
+            if self.local_attn_size == -1
+            else self.local_attn_size
+        )
 
 
 KINDS = {

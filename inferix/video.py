@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
@@ -35,6 +36,9 @@ class VideoWriter:
     written.
     """
 
+    partials: ClassVar[set[Path]] = set()
+    """Of all writers: the incomplete files there are."""
+
     def __init__(self, path: str | Path, fps: int = FPS):
         self.path = Path(path)
         self.partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
@@ -42,6 +46,7 @@ class VideoWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.partial.touch()
+            self.partials.add(self.partial)
         except OSError as error:
             raise InputError(f"cannot write to {self.path.parent}: {error.strerror}; choose another folder") from None
         self.writer = imageio.get_writer(
@@ -70,11 +75,13 @@ class VideoWriter:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        self.writer.close()
         complete = error_type is None and self.frames > 0
-        if complete and count_frames(self.partial) == self.frames:
-            self.partial.replace(self.path)
-            return
-        self.partial.unlink(missing_ok=True)
-        if complete:  # the encoder ended badly and said so to nobody
-            raise self.failure()
+        try:
+            self.writer.close()
+            if complete and count_frames(self.partial) == self.frames:
+                self.partial.replace(self.path)
+            elif complete:  # the encoder ended badly and said so to nobody
+                raise self.failure()
+        finally:  # also where a signal comes in between
+            self.partial.unlink(missing_ok=True)
+            self.partials.discard(self.partial)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Text to video of any length with CausVid, quantized. Every flag of run_causvid_quantized.py has a variable here:
 #   PROMPT="A beautiful sunset over the ocean" NUM_ROLLOUT=6 ./example/quantization/causvid_quantized.sh
+# NPROC (default: the GPUs there are) processes share each video; see launch.py, also for several nodes.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 
@@ -14,7 +15,7 @@ fi
 
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave a shared CPU to those that work
 
-exec "$PYTHON" "$ROOT/example/quantization/run_causvid_quantized.py" \
+exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantization/run_causvid_quantized.py" \
     ${CONFIG_PATH:+--config_path "$CONFIG_PATH"} \
     ${DEFAULT_CONFIG_PATH:+--default_config_path "$DEFAULT_CONFIG_PATH"} \
     ${WAN_BASE_MODEL_PATH:+--wan_base_model_path "$WAN_BASE_MODEL_PATH"} \
@@ -32,6 +33,8 @@ exec "$PYTHON" "$ROOT/example/quantization/run_causvid_quantized.py" \
     ${KV_CACHE_DTYPE:+--kv_cache_dtype "$KV_CACHE_DTYPE"} \
     ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
     ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \
+    ${LOW_MEMORY:+--low_memory "$LOW_MEMORY"} \
+    ${QUANTIZE_TEXT_ENCODER:+--quantize_text_encoder "$QUANTIZE_TEXT_ENCODER"} \
     ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} \
     ${RING_SIZE:+--ring_size "$RING_SIZE"} \
     ${ENABLE_WEBRTC:+--enable_webrtc "$ENABLE_WEBRTC"} \

@@ -137,7 +137,7 @@ def weight_gigabytes(module: torch.nn.Module) -> float:
 def denoise_clip(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, decode: bool) -> dict[str, float]:
     """Milliseconds of one clip and, where it is decoded too, those to its first frames."""
     generator = torch.Generator(pipeline.device).manual_seed(0)
-    noise = pipeline.randn(pipeline.config.image_or_video_shape, generator)
+    noise = pipeline.draw(pipeline.config.image_or_video_shape, generator)
     decoder, start, first = StreamingDecoder(pipeline.vae), clock.now(), None
     for block in pipeline.denoise(noise, embeds, generator=generator):
         if decode:

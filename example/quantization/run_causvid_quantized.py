@@ -7,6 +7,7 @@ for each.
 import signal
 import sys
 import time
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,21 +31,21 @@ DEMO = cli.Weights(
 
 
 def parse_arguments(argv):
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0], offload=True)
     parser.add_argument("--checkpoint_folder", type=Path, help="folder of CausVid's model.pt")
     parser.add_argument("--num_rollout", type=int, help="rollouts (default: 3, or as many as there are prompts)")
     parser.add_argument("--num_overlap_frames", type=int, default=3, help="latent frames that rollouts share")
-    parser.add_switch(
-        "--enable_kv_offload", default=True, help="keep the key-value cache in host memory (no effect yet)"
-    )
     parser.add_switch("--diff_prompt", help="one video whose rollouts follow the prompts in turn")
     parser.add_argument("--diff_prompt_file", type=Path, help="the same, the prompts from a file, one a line")
     parser.add_switch("--is_interactive", help="the same, the prompts typed in while the video is made")
     return parser.parse_args(argv)
 
 
-def quantize_transformer(transformer, quant_type="fp8", granularity="per_token"):
-    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not."""
+def quantize_transformer(transformer, quant_type="fp8", granularity="per_token", process_group=None):
+    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not.
+
+    Where several processes share a video, each with some tokens, a tensor's scale is that of all of ``process_group``.
+    """
     from dax.quant.quantization import qconfig, quantize_dynamic
 
     choices = {
@@ -53,12 +54,27 @@ def quantize_transformer(transformer, quant_type="fp8", granularity="per_token")
         ("int8", "per_token"): qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): qconfig.get_default_dynamic_int8_qconfig,
     }
+    default = choices[quant_type, granularity]()
+    if granularity == "per_tensor" and process_group is not None:
+        default = replace(default, process_group=process_group)
     qconfig_dict = {
-        "": choices[quant_type, granularity](),
+        "": default,
         "condition_embedder": None,
         "proj_out": None,
     }
     quantize_dynamic(transformer, qconfig_dict)
+
+
+def quantize_text_encoder(text_encoder, quant_type="fp8"):
+    """Quantize every Linear of ``text_encoder``, block by block, so that a small GPU does with one at a time."""
+    from dax.quant.quantization import qconfig, quantize_dynamic
+
+    choices = {
+        "fp8": qconfig.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
+        "int8": qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
+    }
+    for block in text_encoder.blocks():
+        quantize_dynamic(block, {"": choices[quant_type]()})
 
 
 def each_video(args, default_prompt):
@@ -89,17 +105,23 @@ def generate(args, live):
         default_config_path=args.default_config_path,
         wan_base_model_path=weights.base,
         enable_kv_offload=args.enable_kv_offload,
-        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size),
+        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size, cli.attention_heads(weights.base)),
     )
     pipeline.load_checkpoint(weights.checkpoint)
-    pipeline.setup_devices()
+    low_memory = cli.low_memory(args, pipeline)
+    pipeline.setup_devices(low_memory)
 
     # Quantize
     transformer = pipeline.pipeline.generator.model
     report = cli.Report(transformer)
     if not args.no_quantize:
-        quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+        quantize_transformer(transformer, args.quant_type, args.quant_granularity, pipeline.process_group)
+        if pipeline.leads and (low_memory or args.quantize_text_encoder):
+            quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
+    if not pipeline.leads:  # another of several processes has the prompts and writes the files
+        pipeline.pipeline.follow()
+        return
     if live:
         live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="rollout")
 

@@ -7,6 +7,7 @@ variable for each.
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +48,11 @@ def parse_arguments(argv):
     return args
 
 
-def quantize_transformer(transformer, quant_type="fp8", granularity="per_token"):
-    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not."""
+def quantize_transformer(transformer, quant_type="fp8", granularity="per_token", process_group=None):
+    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not.
+
+    Where several processes share a video, each with some tokens, a tensor's scale is that of all of ``process_group``.
+    """
     from dax.quant.quantization import qconfig, quantize_dynamic
 
     choices = {
@@ -57,12 +61,27 @@ def quantize_transformer(transformer, quant_type="fp8", granularity="per_token")
         ("int8", "per_token"): qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): qconfig.get_default_dynamic_int8_qconfig,
     }
+    default = choices[quant_type, granularity]()
+    if granularity == "per_tensor" and process_group is not None:
+        default = replace(default, process_group=process_group)
     qconfig_dict = {
-        "": choices[quant_type, granularity](),
+        "": default,
         "condition_embedder": None,
         "proj_out": None,
     }
     quantize_dynamic(transformer, qconfig_dict)
+
+
+def quantize_text_encoder(text_encoder, quant_type="fp8"):
+    """Quantize every Linear of ``text_encoder``, block by block, so that a small GPU does with one at a time."""
+    from dax.quant.quantization import qconfig, quantize_dynamic
+
+    choices = {
+        "fp8": qconfig.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
+        "int8": qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
+    }
+    for block in text_encoder.blocks():
+        quantize_dynamic(block, {"": choices[quant_type]()})
 
 
 def main(argv=None):
@@ -82,18 +101,25 @@ def generate(args, live):
         config_path=weights.config,
         default_config_path=args.default_config_path,
         wan_base_model_path=weights.base,
-        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size),
+        enable_kv_offload=args.enable_kv_offload,
+        parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size, cli.attention_heads(weights.base)),
     )
     pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema)
-    pipeline.setup_devices()
+    low_memory = cli.low_memory(args, pipeline)
+    pipeline.setup_devices(low_memory)
     pipeline.stage_seconds = {} if args.enable_profiling else None
 
     # Quantize
     transformer = pipeline.pipeline.generator.model
     report = cli.Report(transformer)
     if not args.no_quantize:
-        quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+        quantize_transformer(transformer, args.quant_type, args.quant_granularity, pipeline.process_group)
+        if pipeline.leads and (low_memory or args.quantize_text_encoder):
+            quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
+    if not pipeline.leads:  # another of several processes has the prompts and writes the files
+        pipeline.pipeline.follow()
+        return
     if live:
         live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="clip")
 

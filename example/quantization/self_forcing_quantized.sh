@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Text (or image) to video with Self-Forcing, quantized. Every flag of run_self_forcing_quantized.py has a variable here:
 #   PROMPT="A cat dancing on the moon" QUANT_TYPE=int8 ./example/quantization/self_forcing_quantized.sh
+# NPROC (default: the GPUs there are) processes share each video; see launch.py, also for several nodes.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 
@@ -14,7 +15,7 @@ fi
 
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave a shared CPU to those that work
 
-exec "$PYTHON" "$ROOT/example/quantization/run_self_forcing_quantized.py" \
+exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantization/run_self_forcing_quantized.py" \
     --use_ema "${USE_EMA:-true}" \
     ${CONFIG_PATH:+--config_path "$CONFIG_PATH"} \
     ${DEFAULT_CONFIG_PATH:+--default_config_path "$DEFAULT_CONFIG_PATH"} \
@@ -32,6 +33,9 @@ exec "$PYTHON" "$ROOT/example/quantization/run_self_forcing_quantized.py" \
     ${QUANT_GRANULARITY:+--quant_granularity "$QUANT_GRANULARITY"} \
     ${KV_CACHE_DTYPE:+--kv_cache_dtype "$KV_CACHE_DTYPE"} \
     ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
+    ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \
+    ${LOW_MEMORY:+--low_memory "$LOW_MEMORY"} \
+    ${QUANTIZE_TEXT_ENCODER:+--quantize_text_encoder "$QUANTIZE_TEXT_ENCODER"} \
     ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} \
     ${RING_SIZE:+--ring_size "$RING_SIZE"} \
     ${ENABLE_PROFILING:+--enable_profiling "$ENABLE_PROFILING"} \

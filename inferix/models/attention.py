@@ -162,3 +162,42 @@ def _fp8_graph(q: tuple, k: tuple, v: tuple, with_lse: bool, device: torch.devic
         unused.set_output(False).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1])
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     return graph, graph.get_workspace_size()
+
+
+# What ranks that share the keys need: each attends to its part, and the parts are merged.
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention [B, T, H, d] in ``out_dtype``, and each row's logarithm of the sum of exponentials, float32 [B, H, T]."""
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    fp8_kernel = hopper and q.dtype == FP8 and importlib.util.find_spec("cudnn")
+    if q.dtype == FP8 and not fp8_kernel:
+        q, k, v = (x.to(out_dtype) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if fp8_kernel:
+        out, lse = cudnn_fp8_attention(q, k, v, with_lse=True)
+        return (out.transpose(1, 2).float() / OUTPUT_SCALE).to(out_dtype), lse
+    if hopper and q.dtype == torch.bfloat16:
+        out, lse = cudnn_attention(q, k, v, with_lse=True)
+    elif not q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out.transpose(1, 2), lse[..., : q.shape[2]]
+
+
+def merge_parts(out: Tensor, lse: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Results [R, B, T, H, d] over R parts of the keys, and their log-sum-exps [R, B, H, T], to the whole's [B, T, H*d]."""
+    return (compiled_weighted_sum() if out.is_cuda else weighted_sum)(out, lse, out_dtype)
+
+
+def weighted_sum(out: Tensor, lse: Tensor, out_dtype: torch.dtype) -> Tensor:
+    weight = lse.softmax(0).transpose(2, 3)[..., None]
+    return (out.float() * weight).sum(0).flatten(2).to(out_dtype)
+
+
+@cache
+def compiled_weighted_sum() -> Callable:
+    return torch.compile(weighted_sum, dynamic=False)

@@ -2,11 +2,13 @@
 
 import html
 import re
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import ftfy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from inferix.errors import InputError
@@ -86,6 +88,7 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self.device = torch.device("cpu")
 
     @classmethod
     def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
@@ -103,9 +106,22 @@ class TextEncoder:
         model = build_umt5(config, load_sharded_safetensors(source, "model"), source)
         return cls(model, load_tokenizer(folder / "tokenizer"), text_len)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
-        self.model.to(device, dtype)
+    def to(self, device: torch.device, dtype: torch.dtype, block_by_block: bool = False) -> "TextEncoder":
+        """Run on ``device``; with ``block_by_block`` weights stay in host memory until it is their block's turn."""
+        self.device = device
+        self.model.to("cpu" if block_by_block else device, dtype)
+        if block_by_block:
+            self.model.encoder.final_layer_norm.to(device)
+            for block in self.model.encoder.block:
+                Visit(block, device)
         return self
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Every block, on the device while it is at hand, to be changed."""
+        for block in self.model.encoder.block:
+            home = next(block.parameters()).device
+            yield block.to(self.device)
+            block.to(home)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of ``prompt`` that the tokenizer has no token for."""
@@ -127,6 +143,28 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """Embeddings [B, text_len, text_dim]."""
-        ids, mask = (x.to(self.model.device) for x in self.tokenize(prompts))
-        embeds = self.model(ids, attention_mask=mask).last_hidden_state
+        ids, mask = self.tokenize(prompts)
+        table, mask = self.model.shared.weight, mask.to(self.device)
+        words = torch.nn.functional.embedding(ids.to(table.device), table).to(self.device)
+        embeds = self.model(inputs_embeds=words, attention_mask=mask).last_hidden_state
         return embeds * mask[..., None].to(embeds.dtype)
+
+
+class Visit:
+    """Brings a module's weights to ``device`` for every call of it, and puts what stayed in host memory back after it."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.device = device
+        self.at_home: list[tuple[Tensor, Tensor]] = []
+        module.register_forward_pre_hook(self.arrive)
+        module.register_forward_hook(self.leave)
+
+    def arrive(self, module: nn.Module, _) -> None:
+        self.at_home = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
+        for tensor, data in self.at_home:
+            tensor.data = data.to(self.device)
+
+    def leave(self, *_) -> None:
+        for tensor, data in self.at_home:
+            tensor.data = data
+        self.at_home = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inferix.errors import InputError
 from inferix.models.attention import attention, saturating_cast
+from inferix.parallel import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,8 @@ class CausalWanTransformer(nn.Module):
         self.norm_out = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.parallel: SequenceParallel | None = None
+        """The ranks that each work on some tokens of every frame; what comes in and goes out is whole."""
 
     def fuse_qkv(self) -> None:
         """Compute the queries, keys and values of self-attention in one product each; names and weights stay."""
@@ -316,7 +319,13 @@ class CausalWanTransformer(nn.Module):
 
     def rope(self, frame_index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """The rotary table of the latent frames at positions ``frame_index`` [F] of ``height`` x ``width`` pixels."""
-        return rope_table(frame_index, height // 2, width // 2, self.config.head_dim)
+        table = rope_table(frame_index, height // 2, width // 2, self.config.head_dim)
+        if self.parallel is None:
+            return table
+        return tuple(
+            self.parallel.own(part.view(1, len(frame_index), -1, part.shape[-1])).flatten(0, 2)[:, None]
+            for part in table
+        )
 
     def forward(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tensor:
         """Predict the flow.
@@ -337,7 +346,8 @@ class CausalWanTransformer(nn.Module):
             attended = cache.attend(layer, query)
             x, query = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.room(layer + 1))
         last = len(self.blocks) - 1
-        return self.leave(x, cache.attend(last, query), embedding, time, cache.text[last], latents)
+        tokens = self.leave(x, cache.attend(last, query), embedding, time, cache.text[last])
+        return self.unpatch(tokens if self.parallel is None else self.parallel.whole(tokens), latents)
 
     # All that is not self-attention is in these three. They depend on nothing that changes from block to block of the
     # video, so that what ``compile`` makes of each serves every layer and every block.
@@ -354,9 +364,9 @@ class CausalWanTransformer(nn.Module):
         x = block.after_attention(x, attended, time, text)
         return x, following.before_attention(x, time, rope, room)
 
-    def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text, latents: Tensor) -> Tensor:
+    def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text) -> Tensor:
         """All after the last self-attention."""
-        return self.project_out(self.blocks[-1].after_attention(x, attended, time, text), embedding, latents)
+        return self.project_out(self.blocks[-1].after_attention(x, attended, time, text), embedding)
 
     def compile(self) -> None:
         """Let ``torch.compile`` fuse norms, modulation, rotation and quantization into few kernels."""
@@ -369,13 +379,19 @@ class CausalWanTransformer(nn.Module):
         """Latents [B, F, C, h, w] to tokens [B, F, S, D]: the patch convolution, as one product."""
         tokens = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, F, C, h/2, 2, w/2, 2]
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+        if self.parallel is not None:
+            tokens = self.parallel.own(tokens)
         weight = self.patch_embedding.weight
         return F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
-    def project_out(self, x: Tensor, embedding: Tensor, latents: Tensor) -> Tensor:
-        """Tokens [B, F, S, D] to the flow, shaped like ``latents``."""
+    def project_out(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Tokens [B, F, S, D] to those of the flow [B, F, S, 4*C]."""
         shift, scale = (self.scale_shift_table + embedding[:, :, None]).float().split(1, dim=2)
-        out = self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))  # [B, F, S, 4*C]
+        return self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))
+
+    @staticmethod
+    def unpatch(tokens: Tensor, latents: Tensor) -> Tensor:
+        """Tokens of the flow [B, F, S, 4*C] to the flow, shaped like ``latents``."""
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
-        out = out.unflatten(-1, (2, 2, -1)).unflatten(2, (height, width))  # [B, F, h/2, w/2, 2, 2, C]
+        out = tokens.unflatten(-1, (2, 2, -1)).unflatten(2, (height, width))  # [B, F, h/2, w/2, 2, 2, C]
         return out.permute(0, 1, 6, 2, 4, 3, 5).reshape_as(latents).to(latents.dtype)

@@ -40,6 +40,8 @@ class WanVAE:
         self.decoder = VAEDecoder(model)
         self.model = model.eval().requires_grad_(False)
         self.model.decoder = None
+        self.frames_at_once = 3
+        """Latent frames that go through the decoder together; bounds its memory, however long the piece."""
         self.idle: list[ClipDecoder] = []
         """What streams that ended have left for the next: memory, and graphs that are tied to it."""
         shape = (1, 1, -1, 1, 1)
@@ -87,9 +89,6 @@ class StreamingDecoder:
     The first latent frame of the clip becomes one pixel frame, every other four.
     """
 
-    frames_at_once = 3
-    """Latent frames; bounds the memory, however long the piece."""
-
     def __init__(self, vae: WanVAE):
         self.vae = vae
         self.decoder: ClipDecoder | None = None
@@ -101,5 +100,5 @@ class StreamingDecoder:
             self.decoder = self.vae.borrow((latents.shape[0], *latents.shape[-2:]))
             weakref.finalize(self, self.vae.idle.append, self.decoder)
         latents = (latents.to(self.vae.std.device).float() * self.vae.std + self.vae.mean).to(self.vae.model.dtype)
-        pieces = [self.decoder(piece) for piece in latents.split(self.frames_at_once, dim=1)]
+        pieces = [self.decoder(piece) for piece in latents.split(self.vae.frames_at_once, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

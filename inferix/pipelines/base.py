@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from inferix.config import ParallelConfig, load_config
@@ -25,8 +26,9 @@ class Pipeline:
         config_path: YAML with the reference projects' keys.
         default_config_path: YAML that ``config_path`` is laid over.
         wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
-        enable_kv_offload: keep the cache in host memory (no effect yet).
-        parallel_config: how ranks share the work.
+        enable_kv_offload: keep the key-value cache in host memory; the same video, from less of the GPU's.
+        parallel_config: how the ranks of a ``torchrun`` job share the work. Only the first one's pipeline is called to
+            generate; the others' ``pipeline.follow()`` takes part until it ends.
         device: default: the GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
 
@@ -51,7 +53,13 @@ class Pipeline:
         self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         base = BaseModel(wan_base_model_path or self.default_base_model_path)
-        self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype)
+        self.pipeline = CausalInferencePipeline(
+            self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
+        )
+        self.leads = self.parallel.rank == 0
+        """This is the only process or the first one of a job, whose pipeline generates."""
+        self.encoded: tuple[list[str], Tensor] | None = None
+        """The last prompts and their embeddings."""
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to have every stage's seconds recorded, call by call; the GPU is then waited for after each."""
 
@@ -60,8 +68,13 @@ class Pipeline:
         self.pipeline.generator.model.requires_grad_(False)
 
     def setup_devices(self, low_memory: bool = False) -> None:
-        """Move every part to the device, in the dtype it runs in (``low_memory`` has no effect yet)."""
-        self.pipeline.to_device()
+        """Move every part to the device, in the dtype it runs in; ``low_memory``: no more of it there than must be."""
+        self.pipeline.to_device(low_memory)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes that share every video's tokens; None where this one is alone."""
+        return None if self.pipeline.parallel is None else self.pipeline.parallel.group
 
     def example_prompt(self) -> str:
         """A prompt that the loaded model understands."""
@@ -82,10 +95,15 @@ class Pipeline:
     def _encode(self, prompts: list[str]) -> Tensor:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise InputError("the prompt is empty; give it some words, several prompts separated by ;")
-        return self.pipeline.text_encoder(prompts)
+        if self.encoded is None or self.encoded[0] != prompts:  # often the next clip or rollout shows the same
+            self.encoded = (prompts, self.pipeline.text_encoder(prompts))
+        return self.encoded[1]
 
     def _noise(self, batch: int, num_frames: int, generator: torch.Generator | None) -> Tensor:
-        return self.pipeline.randn((batch, num_frames, *self.config.image_or_video_shape[2:]), generator)
+        """Of a clip: all of it, as the reference draws it. Of a longer video: its beginning; ``denoise`` draws the rest."""
+        clip, size = self.config.image_or_video_shape[1], self.config.num_frame_per_block
+        num_frames = min(num_frames, max(clip // size, 1) * size)
+        return self.pipeline.draw((batch, num_frames, *self.config.image_or_video_shape[2:]), generator)
 
     def timed(self, stage: str, function: Callable, *args):
         """``function(*args)``, its seconds recorded under ``stage`` where ``stage_seconds`` is set (and a result came)."""

@@ -69,7 +69,7 @@ class CausVidPipeline(Pipeline):
         start_latents = None
         for prompt in islice(each_rollout(prompts), num_rollout):
             embeds = self.timed("encode prompt", self._encode, [prompt])
-            noise = self._noise(1, num_frames, generator)
+            noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]
             blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)

@@ -3,15 +3,21 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from inferix.config import PipelineConfig
+from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
 from inferix.models.attention import FP8
 from inferix.models.base_model import BaseModel
-from inferix.models.kv_cache import KVCache
+from inferix.models.kv_cache import KVCache, OffloadedKVCache
 from inferix.models.transformer import CausalWanTransformer, places
+from inferix.parallel import SequenceParallel, check_sizes
 from inferix.scheduler import FlowMatchScheduler
+
+
+def num_bytes(module: nn.Module, itemsize: int) -> int:
+    """Bytes of the weights of ``module`` at so many for each."""
+    return sum(weight.numel() for weight in module.parameters()) * itemsize
 
 
 class WanDiffusionWrapper:
@@ -61,7 +67,8 @@ class CapturedForward:
             model(latents, timesteps, tuple(rope), cache)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # What other threads do, such as NCCL's watchdog, is none of the capture's business.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = model(latents, timesteps, tuple(rope), cache)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -72,33 +79,102 @@ class CapturedForward:
 
 
 class CausalInferencePipeline:
-    """Text encoder, few-step causal generator and VAE."""
+    """Text encoder, few-step causal generator and VAE.
 
-    def __init__(self, config: PipelineConfig, base: BaseModel, device: torch.device, dtype: torch.dtype):
+    Of several ranks the first has them all, and is the one to be called; the others have the generator, and ``follow``.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        base: BaseModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        parallel: ParallelConfig | None = None,
+        enable_kv_offload: bool = False,
+    ):
+        parallel = parallel or ParallelConfig()
         self.config = config
         self.device = device
         self.dtype = dtype
         self.generator = WanDiffusionWrapper(base.transformer(), config)
-        self.text_encoder = base.text_encoder()
-        self.vae = base.vae()
+        height, width = config.image_or_video_shape[-2:]
+        check_sizes(parallel, self.generator.model.config.num_heads, height * width // 4)
+        self.parallel = SequenceParallel(parallel, device) if parallel.world_size > 1 else None
+        self.generator.model.parallel = self.parallel
+        self.leads = parallel.rank == 0
+        self.text_encoder = base.text_encoder() if self.leads else None
+        self.vae = base.vae() if self.leads else None
         self.kv_cache_dtype = dtype
+        self.enable_kv_offload = enable_kv_offload
+        self.low_memory = False
         self.cache: KVCache | None = None
 
-    def set_kv_cache_dtype(self, name: str) -> None:
-        """``fp8``: keys and values in 8 bits, half the cache, and attention in 8 bits where the GPU can; ``auto``: not."""
-        self.kv_cache_dtype = FP8 if name == "fp8" else self.dtype
+    def gpu_memory(self, low_memory: bool) -> dict[str, int]:
+        """Bytes that a clip will take on the device, by part.
 
-    def to_device(self) -> None:
-        for part in (self.generator.model, self.text_encoder, self.vae):
-            if part is not None:
-                part.to(self.device, self.dtype)
+        Weights and cache are counted; for activations it is a rule of thumb, on the safe side.
+        """
+        model, item, frames = self.generator.model.config, self.dtype.itemsize, 1 if low_memory else 3
+        batch, clip, _, height, width = self.config.image_or_video_shape
+        ranks = 1 if self.parallel is None else self.parallel.world_size
+        tokens = height * width // 4 // ranks
+        layer = 2 * batch * min(clip, self.config.rolling_frames()) * tokens * model.dim * item
+        kept = 2 + -(-model.num_layers // OffloadedKVCache.RESIDENT)  # layers on the device when the cache is offloaded
+        parts = {
+            "transformer": num_bytes(self.generator.model, item),
+            "key-value cache": layer * (kept if self.enable_kv_offload or low_memory else model.num_layers),
+            "activations": 4
+            * batch
+            * self.config.num_frame_per_block
+            * tokens
+            * (model.ffn_dim + 8 * model.dim)
+            * item,
+        }
+        if self.leads:
+            encoder, vae = self.text_encoder.model, self.vae.model
+            parts["text encoder"] = num_bytes(encoder.encoder.block[0] if low_memory else encoder, item)
+            parts["VAE"] = num_bytes(vae, item) + num_bytes(self.vae.decoder, item)
+            pixels = 4 * frames * 64 * height * width
+            parts["VAE's activations"] = 5 * batch * pixels * vae.config.base_dim * item
+        return parts
+
+    def set_kv_cache_dtype(self, name: str) -> None:
+        """``fp8``: keys and values in 8 bits, half the cache, and attention in 8 bits where the GPU can.
+
+        ``auto``: in the dtype of everything else; with low memory in 8 bits, where the GPU has a format for that.
+        """
+        cuda = self.device.type == "cuda"
+        small = self.low_memory and not (cuda and torch.cuda.get_device_capability(self.device) < (8, 9))
+        self.kv_cache_dtype = FP8 if name == "fp8" or small else self.dtype
+
+    def to_device(self, low_memory: bool = False) -> None:
+        """Move all parts to the device.
+
+        With ``low_memory`` the text encoder's weights and the cache stay in host memory, from where each layer's come
+        when it is their turn, and the VAE decodes one latent frame at a time.
+        """
+        self.low_memory = low_memory
+        self.enable_kv_offload |= low_memory
+        self.set_kv_cache_dtype("auto")
+        self.generator.model.to(self.device, self.dtype)
+        if self.text_encoder is not None:
+            self.text_encoder.to(self.device, self.dtype, block_by_block=low_memory)
+        if self.vae is not None:
+            self.vae.to(self.device, self.dtype)
+            self.vae.frames_at_once = 1 if low_memory else 3
         if self.device.type == "cuda":
             self.generator.model.compile()
 
-    def randn(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
+    def draw(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
         """One draw, on the generator's own device, so that a seed means the same wherever the model runs."""
         source = generator.device if generator is not None else self.device
         return torch.randn(shape, generator=generator, device=source, dtype=self.dtype).to(self.device)
+
+    def randn(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
+        """``draw`` for all ranks, of whose generators the first one's counts."""
+        drawn = self.draw(shape, generator)
+        return drawn if self.parallel is None else self.parallel.share(drawn)
 
     def blocks(self, num_noise_frames: int, num_context_frames: int = 0) -> list[int]:
         """Frames of every block: those of the context first, where a lone first frame (an image) is a block of its own.
@@ -121,6 +197,7 @@ class CausalInferencePipeline:
         prompt_embeds: Tensor,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
+        num_frames: int | None = None,
     ) -> Iterator[Tensor]:
         """Yield the clip's clean latents block after block, the given ones first.
 
@@ -129,24 +206,65 @@ class CausalInferencePipeline:
             prompt_embeds: [B, L, text_dim].
             context: clean latents [B, F', C, h, w] that the clip starts with.
             generator: source of the re-noising draws.
+            num_frames: frames after the context, where they are more than ``noise`` has: theirs is drawn when they come,
+                so that memory does not grow with the length.
         """
         context = noise[:, :0] if context is None else context
-        given, (batch, _, _, height, width) = context.shape[1], noise.shape
+        blocks = self.blocks(num_frames or noise.shape[1], context.shape[1])
+        inputs = [tensor.to(self.device, self.dtype) for tensor in (noise, prompt_embeds, context)]
+        if self.parallel is None:
+            yield from self.work(blocks, *inputs, generator)
+            return
+        self.parallel.busy = True
+        self.parallel.tell((blocks, [tensor.shape for tensor in inputs]))
+        inputs = [self.parallel.share(tensor) for tensor in inputs]
+        for number, block in enumerate(self.work(blocks, *inputs, generator), start=1):
+            self.parallel.busy = False
+            try:
+                yield block
+            except GeneratorExit:
+                if number < len(blocks):
+                    self.parallel.tell(False)
+                raise
+            self.parallel.busy = number < len(blocks)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Of every rank but the first: take part in what that one denoises, until it ends."""
+        while (clip := self.parallel.tell()) is not None:
+            blocks, shapes = clip
+            inputs = [torch.empty(shape, device=self.device, dtype=self.dtype) for shape in shapes]
+            for _ in self.work(blocks, *(self.parallel.share(tensor) for tensor in inputs), None):
+                pass
+
+    def work(
+        self,
+        blocks: list[int],
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        context: Tensor,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        """``denoise`` on this rank; between two blocks it hears whether to go on."""
+        given, total, (batch, _, *pixels) = context.shape[1], sum(blocks), noise.shape
         self.generator.prepare()
-        model, cache = self.generator.model, self.empty_cache(batch, given + noise.shape[1], height * width // 4)
-        cache.set_text(model.embed_text(prompt_embeds.to(self.dtype)))
-        latents = torch.cat([context.to(noise), noise], dim=1).to(self.dtype)
+        model, cache = self.generator.model, self.empty_cache(batch, total, pixels[-2] * pixels[-1] // 4)
+        cache.set_text(model.embed_text(prompt_embeds))
         start = 0
-        for size in self.blocks(noise.shape[1], given):
+        for size in blocks:
             cache.place(start, size)
-            rope = model.rope(torch.arange(start, start + size, device=self.device), height, width)
-            block = latents[:, start : start + size]
-            if start >= given:
-                block = self.denoise_block(block, rope, cache, generator)
+            rope = model.rope(torch.arange(start, start + size, device=self.device), *pixels[-2:])
+            if start < given:
+                block = context[:, start : start + size]
+            else:
+                drawn = noise[:, start - given : start - given + size]
+                drawn = drawn if drawn.shape[1] else self.randn((batch, size, *pixels), generator)
+                block = self.denoise_block(drawn, rope, cache, generator)
             yield block
             start += size
-            if start < latents.shape[1]:  # nothing will look back at the last block
-                self.generator.flow(block, self.config.context_noise, rope, cache)
+            if start == total or (self.parallel is not None and not self.parallel.tell(True)):
+                return  # nothing will look back at the last block
+            self.generator.flow(block, self.config.context_noise, rope, cache)
 
     def denoise_block(
         self, noise: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, generator: torch.Generator | None
@@ -159,14 +277,19 @@ class CausalInferencePipeline:
         return x0
 
     def empty_cache(self, batch: int, num_frames: int, tokens_per_frame: int) -> KVCache:
-        """A cache for the whole clip, or for the rolling window that the config asks for; the last clip's if it fits."""
-        window = num_frames if self.config.local_attn_size == -1 else min(self.config.local_attn_size, num_frames)
-        shape = (batch, window, tokens_per_frame)
+        """A cache for the whole clip, or for the rolling window of a longer one; the last clip's if it fits."""
+        shape = (batch, min(num_frames, self.config.rolling_frames()), tokens_per_frame)
         if self.cache is None or self.cache.shape != shape or self.cache.dtype != self.kv_cache_dtype:
             self.cache = None  # so that the old one's memory is free before the new one is made
             self.generator.forget_graphs()
-            self.cache = KVCache(
-                self.generator.model.config, shape, self.device, self.kv_cache_dtype, self.dtype, self.config.sink_size
+            self.cache = (OffloadedKVCache if self.enable_kv_offload else KVCache)(
+                self.generator.model.config,
+                shape,
+                self.device,
+                self.kv_cache_dtype,
+                self.dtype,
+                self.config.sink_size,
+                self.parallel,
             )
         return self.cache
 

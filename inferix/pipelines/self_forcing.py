@@ -43,7 +43,8 @@ class SelfForcingPipeline(Pipeline):
         embeds = self.timed("encode prompt", self._encode, prompts)
         context = None if image is None else self._encode_image(image, len(prompts))
         noise = self._noise(len(prompts), num_output_frames - given, generator)
-        blocks, decode = self.pipeline.denoise(noise, embeds, context, generator), StreamingDecoder(self.pipeline.vae)
+        blocks = self.pipeline.denoise(noise, embeds, context, generator, num_output_frames - given)
+        decode = StreamingDecoder(self.pipeline.vae)
         while (latents := self.timed("denoise", next, blocks, None)) is not None:
             yield self.timed("decode", decode, latents)
 

@@ -9,6 +9,7 @@ The linear layer is then  y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n,
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,9 +65,18 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize(x, scale, dtype), scale
 
 
-def quantize_per_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` of any shape → codes of that shape and one float32 scale of shape []; a NaN anywhere makes it NaN."""
-    scale = absmax_to_scale(x.abs().amax(), dtype)
+def quantize_per_tensor(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """`x` of any shape → codes of that shape and one float32 scale of shape []; a NaN anywhere makes it NaN.
+
+    With `group`, of whose ranks each has a part of the tensor, the scale is that of the whole, the same on all of them
+    (but that a NaN may show on the rank alone that has it).
+    """
+    absmax = x.abs().amax()
+    if group is not None:
+        absmax = absmax.float()
+        dist.all_reduce(absmax, dist.ReduceOp.MAX, group=group)
+        absmax = absmax.to(x.dtype)
+    scale = absmax_to_scale(absmax, dtype)
     return quantize(x, scale, dtype), scale
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import ProcessGroup
 
 from dax.quant.qscheme import QScheme, per_channel_symmetric, per_tensor_symmetric, per_token_symmetric
 
@@ -23,6 +24,8 @@ class QConfig:
     """per_tensor_symmetric or per_token_symmetric."""
     static: bool = False
     """False: activation scales come from each input. True: from calibration (fp8 per tensor; prepare, run, convert)."""
+    process_group: ProcessGroup | None = None
+    """Ranks that each hold some rows of every activation: a dynamic per-tensor scale is then that of all their rows."""
 
     def __post_init__(self):
         if self.activation_dtype is None:
