@@ -129,10 +129,9 @@ class QuantizedLinear(nn.Module):
         buffers = {id(buffer) for buffer in self.buffers()}
 
         def move(tensor):
-            moved = fn(tensor)
-            if id(tensor) in buffers and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
+            if id(tensor) in buffers and (probe := fn(tensor.new_empty(0))).dtype != tensor.dtype:
+                return tensor.to(probe.device)
+            return fn(tensor)
 
         super()._apply(move, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype

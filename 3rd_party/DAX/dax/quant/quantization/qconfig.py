@@ -1,12 +1,15 @@
 """How one layer is quantized. Names follow torch.ao.quantization where it has them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from dax.quant.qscheme import QScheme, per_channel_symmetric, per_tensor_symmetric, per_token_symmetric
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+NAMES = {str(value).removeprefix("torch."): value for value in (*FP8, torch.int8)} | {q.value: q for q in QScheme}
+"""How a file spells the types and the schemes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class QConfig:
             raise ValueError(f"QConfig: activations are scaled per tensor or per token, not {self.activation_scheme}")
         if self.static and (self.dtype == torch.int8 or self.activation_scheme is not per_tensor_symmetric):
             raise ValueError("QConfig: static quantization is fp8 with per-tensor activations")
+
+    def to_dict(self) -> dict[str, str | bool]:
+        """Every field, as a JSON or YAML file can hold it; `from_dict` reads it."""
+        spelled = {value: name for name, value in NAMES.items()}
+        return {field: value if isinstance(value, bool) else spelled[value] for field, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, str | bool]) -> "QConfig":
+        """Some or all of the fields, the others at their defaults. Raises ValueError for a field or value unknown."""
+        for field, value in fields.items():
+            if field not in cls.__dataclass_fields__:
+                raise ValueError(f"{field!r} is none of {', '.join(cls.__dataclass_fields__)}")
+            if (field == "static") != isinstance(value, bool) or field != "static" and value not in NAMES:
+                wanted = "true or false" if field == "static" else f"one of {', '.join(NAMES)}"
+                raise ValueError(f"{field} is {value!r}: it must be {wanted}")
+        return cls(**{field: NAMES.get(value, value) for field, value in fields.items()})
 
 
 def get_default_dynamic_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
@@ -72,3 +91,27 @@ def get_default_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
 def get_fp8_per_channel_weight_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
     """Static fp8: a calibrated scale for each layer's activations, one for each output channel of a weight."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_channel_symmetric, per_tensor_symmetric, static=True)
+
+
+SHORT = {"fp8": QConfig(torch.float8_e4m3fn), "int8": QConfig(torch.int8)}
+"""What a file may say in one word: a scale for each token and each output channel."""
+
+
+def read_qconfig_dict(content) -> dict[str, QConfig | None]:
+    """The `qconfig_dict` that a JSON or YAML file holds: module name → null, `fp8`, `int8`, or the fields of a QConfig.
+
+    Raises ValueError, naming the module, for anything else.
+    """
+    if not isinstance(content, dict) or not content:
+        raise ValueError("it must map module names to null, fp8, int8 or the fields of a QConfig")
+    result = {}
+    for name, value in content.items():
+        try:
+            if not isinstance(name, str):
+                raise ValueError("the name of a module is text (quote it)")
+            if value is not None and not isinstance(value, dict) and value not in SHORT:
+                raise ValueError(f"{value!r} is not null, fp8, int8 or the fields of a QConfig")
+            result[name] = QConfig.from_dict(value) if isinstance(value, dict) else value and SHORT[value]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name!r}: {error}") from None
+    return result
