@@ -30,15 +30,24 @@ def read(path: Path) -> dict:
 
     Raises InputError where it cannot be read, or says something else.
     """
-    from dax.quant.quantization import read_qconfig_dict
+    return parse(content(path), path)
 
+
+def content(path: Path):
+    """What a YAML file holds. Raises InputError where it cannot be read."""
     try:
-        content = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    with refusing(path):
+
+
+def parse(content, source: Path | str) -> dict:
+    """The ``qconfig_dict`` that such a file's content stands for. Raises InputError, naming ``source``."""
+    from dax.quant.quantization import read_qconfig_dict
+
+    with refusing(source):
         return read_qconfig_dict(content)
 
 
