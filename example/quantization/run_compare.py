@@ -69,6 +69,8 @@ def known_settings(last_block: int = 0) -> dict[str, Setting]:
         Setting("fp8-e5m2", {"": {"dtype": FP8, "activation_dtype": E5M2}, **ENDS}),
         Setting("fp8-outer", {"": "fp8", **outer, **ENDS}),
         Setting("int8-outer", {"": "int8", **outer, **ENDS}),
+        Setting("fp8-rotation", {"": {"dtype": FP8, "rotation": True}, **ENDS}),
+        Setting("int8-rotation", {"": {"dtype": INT8, "rotation": True}, **ENDS}),
         Setting("fp8-all", {"": "fp8"}),
         Setting("int8-all", {"": "int8"}),
         Setting("fp8+fp8kv", {"": "fp8", **ENDS}, "fp8"),

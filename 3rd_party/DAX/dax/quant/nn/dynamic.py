@@ -12,6 +12,8 @@ class Linear(QuantizedLinear):
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [..., in] → codes [..., in] and float32 scales: [..., 1] per token, [] per tensor."""
+        if self.qconfig.rotation:
+            x = QF.rotate(x)
         per_token = self.qconfig.activation_scheme is per_token_symmetric
         quantize = QF.quantize_per_token if per_token else QF.quantize_per_tensor
         return quantize(x, self.qconfig.activation_dtype)

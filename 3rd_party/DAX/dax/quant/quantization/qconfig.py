@@ -26,6 +26,8 @@ class QConfig:
     """per_tensor_symmetric or per_token_symmetric."""
     static: bool = False
     """False: activation scales come from each input. True: from calibration (fp8 per tensor; prepare, run, convert)."""
+    rotation: bool = False
+    """Quantize activations and weights in a rotated basis, where outliers are spread out: int8 gains, fp8 does not."""
 
     def __post_init__(self):
         if self.activation_dtype is None:
@@ -40,6 +42,8 @@ class QConfig:
             raise ValueError(f"QConfig: activations are scaled per tensor or per token, not {self.activation_scheme}")
         if self.static and (self.dtype == torch.int8 or self.activation_scheme is not per_tensor_symmetric):
             raise ValueError("QConfig: static quantization is fp8 with per-tensor activations")
+        if self.static and self.rotation:
+            raise ValueError("QConfig: rotation is for dynamic quantization")
 
     def to_dict(self) -> dict[str, str | bool]:
         """Every field, as a JSON or YAML file can hold it; `from_dict` reads it."""
@@ -52,8 +56,9 @@ class QConfig:
         for field, value in fields.items():
             if field not in cls.__dataclass_fields__:
                 raise ValueError(f"{field!r} is none of {', '.join(cls.__dataclass_fields__)}")
-            if (field == "static") != isinstance(value, bool) or field != "static" and value not in NAMES:
-                wanted = "true or false" if field == "static" else f"one of {', '.join(NAMES)}"
+            switch = field in ("static", "rotation")
+            if switch != isinstance(value, bool) or not switch and value not in NAMES:
+                wanted = "true or false" if switch else f"one of {', '.join(NAMES)}"
                 raise ValueError(f"{field} is {value!r}: it must be {wanted}")
         return cls(**{field: NAMES.get(value, value) for field, value in fields.items()})
 
