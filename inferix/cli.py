@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -89,24 +89,56 @@ def end_with_the_job() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, and has the flags that both runners take."""
+    """A parser that says what is wrong in one line, and has the flags that all programs with a model take."""
 
-    def __init__(self, description: str, offload: bool = False):
+    def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument
         add("--config_path", type=Path, help="YAML config of the sampler")
         add("--default_config_path", type=Path, help="YAML config that --config_path is laid over")
         add("--wan_base_model_path", type=Path, help="folder of the base model")
         add("--prompt", help="what to show; several prompts are separated by ;")
-        add("--output_folder", type=Path, help="where the MP4 files go (default: outputs/)")
+        add("--output_folder", type=Path, help="where the files go (default: outputs/)")
         add("--seed", type=seed, default=0, help="the same seed gives the same video")
-        add("--quant_type", choices=("fp8", "int8"), default="fp8", help="8-bit format of weights and activations")
+
+    def add_switch(self, flag: str, default: bool = False, **options) -> None:
+        """A flag that stands alone (true) or takes true, false, 1 or 0."""
+        self.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", **options)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags, and ``prompts``: the list that ``--prompt`` holds, None where it is not given."""
+        args = super().parse_args(argv)
+        args.prompts = None if args.prompt is None else split_prompts(args.prompt)
+        return args
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists what there is)")
+
+
+CONTRADICTIONS = {
+    "no_quantize": ("load_quantized", "qconfig", "save_quantized"),
+    "load_quantized": ("quant_type", "quant_granularity", "qconfig", "save_quantized")
+    + ("checkpoint_path", "checkpoint_folder"),
+    "qconfig": ("quant_type", "quant_granularity"),
+}
+"""Flags that leave others nothing to say."""
+
+
+class RunnerParser(Parser):
+    """``Parser`` with the flags that both runners take."""
+
+    def __init__(self, description: str, offload: bool = False):
+        super().__init__(description)
+        add = self.add_argument
+        add("--quant_type", choices=("fp8", "int8"), help="8-bit format of weights and activations (default: fp8)")
         add(
             "--quant_granularity",
             choices=("per_token", "per_tensor"),
-            default="per_token",
-            help="per_token: a scale for every token and every weight channel; per_tensor: one for each tensor",
+            help="per_token: a scale for every token and every weight channel (default); per_tensor: one for each tensor",
         )
+        add("--qconfig", type=Path, help="YAML file that says how each module is quantized, instead of these two")
+        add("--save_quantized", type=Path, metavar="DIR", help="save the quantized transformer there")
+        add("--load_quantized", type=Path, metavar="DIR", help="start from what --save_quantized wrote there")
         add(
             "--kv_cache_dtype",
             choices=("auto", "fp8"),
@@ -130,18 +162,15 @@ class Parser(argparse.ArgumentParser):
         self.add_switch("--webrtc_exit", help="end after the last frame instead of going on serving the page")
         self.add_switch("--webrtc_wait", help="begin when the first viewer has come")
 
-    def add_switch(self, flag: str, default: bool = False, **options) -> None:
-        """A flag that stands alone (true) or takes true, false, 1 or 0."""
-        self.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", **options)
-
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The flags, and ``prompts``: the list that ``--prompt`` holds, None where it is not given."""
+        """As in ``Parser``. Raises InputError where two flags contradict each other."""
         args = super().parse_args(argv)
-        args.prompts = None if args.prompt is None else split_prompts(args.prompt)
+        for flag, others in CONTRADICTIONS.items():
+            if getattr(args, flag) and (both := [other for other in others if getattr(args, other, None)]):
+                raise InputError(f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out")
+        if not args.load_quantized and not args.qconfig:
+            args.quant_type, args.quant_granularity = args.quant_type or "fp8", args.quant_granularity or "per_token"
         return args
-
-    def error(self, message: str):
-        raise InputError(f"{message} (--help lists what there is)")
 
 
 def boolean(text: str) -> bool:
@@ -168,11 +197,13 @@ class Weights:
     checkpoint: Path | None
 
 
-def find_weights(given: Weights, real: Weights, demo: Weights) -> Weights:
+def find_weights(given: Weights, real: Weights, demo: Weights, saved: Path | None = None) -> Weights:
     """What the user gave, completed from ``real``; ``demo`` where nothing was given and ``real`` is not there.
 
-    Raises InputError where a path does not exist.
+    ``saved`` takes the place of the checkpoint in both. Raises InputError where a path does not exist.
     """
+    if saved is not None:
+        real, demo = replace(real, checkpoint=saved), replace(demo, checkpoint=saved)
     chosen = Weights(*(path or default for path, default in zip(astuple(given), astuple(real))))
     missing = [path for path in (*filter(None, astuple(given)), *astuple(chosen)) if not path.exists()]
     if not missing:
@@ -290,8 +321,8 @@ def low_memory(args: argparse.Namespace, pipeline: Pipeline) -> bool:
     return True
 
 
-def check_can_quantize(quant_type: str) -> None:
-    """Raises InputError where ``dax`` is not installed, or the GPU has no such 8-bit arithmetic."""
+def check_can_quantize(quant_type: str | None) -> None:
+    """Raises InputError where ``dax`` is not installed, or the GPU has no such 8-bit arithmetic (None: not said yet)."""
     try:
         importlib.import_module("dax.quant.quantization")
     except ImportError as error:
@@ -304,6 +335,8 @@ def check_can_quantize(quant_type: str) -> None:
 
 def quantization(args: argparse.Namespace) -> str:
     """How a person would name it."""
+    if file := args.qconfig or args.load_quantized:
+        return f"as in {file.name}"
     return "none" if args.no_quantize else f"{args.quant_type}, {args.quant_granularity.replace('_', ' ')}"
 
 
@@ -331,11 +364,16 @@ def largest_covers(names: list[str], among: list[str]) -> list[str]:
 
 
 class Report:
-    """What quantization did to a transformer: made before it, printed after generation."""
+    """What quantization did to a transformer: made before it, printed after generation.
 
-    def __init__(self, transformer: nn.Module):
+    Args:
+        transformer: unquantized; it may be on the meta device.
+        dtype: what it runs in.
+    """
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype):
         self.transformer = transformer
-        self.bytes = weight_bytes(transformer)
+        self.bytes = sum(tensor.numel() for tensor in transformer.state_dict().values()) * dtype.itemsize
         self.linears = linear_names(transformer)
 
     def print(self, files: list[Path], seconds: float) -> None:

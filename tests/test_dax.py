@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import nn
 
 import dax.quant.functional as QF
@@ -38,6 +39,8 @@ DYNAMIC = {
     "int8": INT8_TOKEN,
     "int8-tensor": get_default_dynamic_int8_qconfig(),
     "int8-channel": get_dynamic_int8_per_channel_weight_qconfig(),
+    "fp8-rotation": QConfig(E4M3, rotation=True),
+    "int8-rotation": QConfig(INT8, rotation=True),
 }
 STATIC = {"static": get_default_fp8_qconfig(), "static-channel": get_fp8_per_channel_weight_qconfig()}
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -138,8 +141,8 @@ def test_codes_are_the_nearest(code, step, fine, dtype):
 @every_device
 @pytest.mark.parametrize(
     "qconfig, k, decibel",
-    [(INT8_TOKEN, 1536, 38.5), (INT8_TOKEN, 8960, 37.5), (FP8_TOKEN, 1536, 27.5)],
-    ids=["int8-1536", "int8-8960", "fp8-1536"],
+    [(INT8_TOKEN, 1536, 38.5), (INT8_TOKEN, 8960, 37.5), (FP8_TOKEN, 1536, 27.5), (FP8_TOKEN, 8960, 27.5)],
+    ids=["int8-1536", "int8-8960", "fp8-1536", "fp8-8960"],
 )
 def test_signal_to_noise_on_gaussian_data(qconfig, k, decibel, device):
     linear = nn.Linear(k, 256, bias=False, device=device)
@@ -148,6 +151,35 @@ def test_signal_to_noise_on_gaussian_data(qconfig, k, decibel, device):
     expected = x.double() @ linear.weight.double().t()
     noise = quantize(linear, qconfig)(x) - expected
     assert 10 * torch.log10(expected.square().sum() / noise.square().sum()) >= decibel
+
+
+FLOATS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 16}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=strategies.data())
+def test_any_finite_or_infinite_values(dtype, data):
+    """What holds for every input: codes within half a step, no NaN, and the product as float64 has it."""
+    m, k = data.draw(strategies.integers(1, 18)), data.draw(strategies.integers(1, 40))
+    numbers = strategies.floats(width=FLOATS[dtype], allow_nan=False)
+    values = data.draw(strategies.lists(numbers, min_size=1, max_size=m * k))
+    x = torch.tensor(values).repeat(-(-m * k // len(values)))[: m * k].view(m, k).to(dtype)
+    largest = torch.finfo(dtype).max
+    clipped = x.double().clamp(-largest, largest)
+    for code, step, fine in ((INT8, 0, 0.5), (E4M3, 2**-4, 2**-10), (E5M2, 2**-3, 2**-17)):
+        for quantize_x in (QF.quantize_per_token, QF.quantize_per_tensor):
+            q, scale = quantize_x(x, code)
+            error = (q.double() * scale.double() - clipped).abs()
+            assert (error <= (step * clipped.abs()).maximum(fine * scale.double()) * (1 + 1e-4)).all()
+    for qconfig in (FP8_TOKEN, INT8_TOKEN, DYNAMIC["int8-rotation"]):
+        linear = layer(k, 3, qconfig)
+        xq, x_scale = linear.quantize_input(x)
+        y = linear.forward_quantized(xq, x_scale, torch.float32)
+        expected, magnitude = product64(linear, x)
+        fits = magnitude < 1e30  # beyond, a sum of codes times one scale may be more than float32 holds
+        assert not y.isnan().any() and not linear(x).isnan().any()
+        assert ((y - expected).abs() <= 1e-6 * magnitude + 1e-37)[fits].all()
 
 
 @every_device
@@ -175,7 +207,8 @@ def test_infinity_saturates_and_never_makes_a_nan(qconfig, dtype, device):
     finite = linear(x)
     x[1, 5], x[2, 6], x[2, 7] = -torch.inf, torch.inf, -torch.inf
     xq, x_scale = linear.quantize_input(x)
-    assert (xq.float() * x_scale).isfinite().all() and xq[1, 5].float() == -QF.QMAX[qconfig.activation_dtype]
+    assert (xq.float() * x_scale).isfinite().all()
+    assert qconfig.rotation or xq[1, 5].float() == -QF.QMAX[qconfig.activation_dtype]
     largest = linear.quantize_input(x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max))
     assert xq.float().equal(largest[0].float()) and x_scale.equal(largest[1])
     y = linear(x)
@@ -290,6 +323,30 @@ def test_values_beyond_the_scale_saturate(dtype):
     x = torch.tensor([1e30, -1e30, torch.inf, -torch.inf, 1.001, -1.001, 0.0])
     q = QF.quantize(x, torch.tensor(1 / QF.QMAX[dtype]), dtype).float()
     assert (q / QF.QMAX[dtype]).tolist() == [1, -1, 1, -1, 1, -1, 0]
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k, block", [(192, 64), (48, 16), (20, 4), (33, 1)])
+def test_rotation_is_orthonormal_and_its_own_inverse(k, block, dtype, device):
+    identity = torch.eye(k, device=device, dtype=dtype)
+    h = QF.rotate(identity)
+    assert h.dtype == dtype and h.equal(h.t()) and (h @ h).equal(identity)
+    assert ((h != 0).sum(1) == block).all()
+    x = torch.randn(5, k, device=device)
+    torch.testing.assert_close(QF.rotate(QF.rotate(x)), x)
+
+
+@every_device
+@pytest.mark.parametrize("code, gain", [(INT8, 8.0), (E4M3, -2.0)], ids=str)
+def test_rotation_spreads_outliers(code, gain, device):
+    """A few channels thirty times as large cost int8 its precision; e4m3, whose step follows the value, little."""
+    linear = nn.Linear(512, 256, bias=False, device=device)
+    x = torch.randn(256, 512, device=device)
+    x[:, ::100] *= 30
+    expected = x.double() @ linear.weight.double().t()
+    noise = [(quantize(linear, QConfig(code, rotation=on))(x) - expected).square().sum() for on in (False, True)]
+    assert 10 * torch.log10(noise[0] / noise[1]) >= gain
 
 
 # --- the layer
@@ -493,6 +550,7 @@ def test_bad_requests_are_refused():
         {"weight_scheme": per_token_symmetric},
         {"activation_scheme": per_channel_symmetric},
         {"static": True},
+        {"static": True, "activation_scheme": per_tensor_symmetric, "rotation": True},
     ]:
         with pytest.raises(ValueError, match="QConfig"):
             QConfig(**arguments)

@@ -85,7 +85,7 @@ def test_quantizing_before_or_after_moving_to_the_device_is_the_same():
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
 def test_runners_quantize_what_they_are_asked_to(runner, quant_type, granularity):
     transformer = pipeline().pipeline.generator.model
-    report = cli.Report(transformer)
+    report = cli.Report(transformer, torch.float32)
     load_runner(runner).quantize_transformer(transformer, quant_type, granularity)
     assert_quantized_but_for_the_ends(transformer, torch.int8 if quant_type == "int8" else torch.float8_e4m3fn)
     scales = transformer.blocks[0].ffn.net[2].weight_scale.numel()

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
+sys.path[:0] = [str(ROOT), str(ROOT / "example/quantization")]  # so that a checkout runs without being installed
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports; from cli.run on it is a KeyboardInterrupt
 
+import dax_settings
 from inferix import SelfForcingPipeline, cli
 from inferix.errors import InputError
 from inferix.pipelines.base import save
@@ -31,7 +32,7 @@ DEMO = cli.Weights(
 
 
 def parse_arguments(argv):
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.RunnerParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_path", type=Path, help="Self-Forcing's self_forcing_dmd.pt")
     parser.add_argument("--num_output_frames", type=int, help="latent frames: 3k, with --i2v 3k+1 (default: 21, 19)")
     parser.add_argument("--num_samples", type=int, default=1, help="videos of each prompt")
@@ -94,7 +95,8 @@ def generate(args, live):
     if not args.no_quantize:
         cli.check_can_quantize(args.quant_type)
     given = cli.Weights(args.config_path, args.wan_base_model_path, args.checkpoint_path)
-    weights = cli.find_weights(given, REAL, DEMO)
+    weights = cli.find_weights(given, REAL, DEMO, saved=args.load_quantized)
+    qconfig_dict = dax_settings.read(args.qconfig) if args.qconfig else None
 
     # Build and load
     pipeline = SelfForcingPipeline(
@@ -103,19 +105,28 @@ def generate(args, live):
         wan_base_model_path=weights.base,
         enable_kv_offload=args.enable_kv_offload,
         parallel_config=cli.parallel_config(args.ulysses_size, args.ring_size, cli.attention_heads(weights.base)),
+        transformer_weights=args.load_quantized is None,
     )
-    pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema)
+    transformer = pipeline.pipeline.generator.model
+    report = cli.Report(transformer, pipeline.dtype)
+    if args.load_quantized:
+        dax_settings.load(pipeline, weights.checkpoint)
+    else:
+        pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema)
     low_memory = cli.low_memory(args, pipeline)
     pipeline.setup_devices(low_memory)
     pipeline.stage_seconds = {} if args.enable_profiling else None
 
     # Quantize
-    transformer = pipeline.pipeline.generator.model
-    report = cli.Report(transformer)
-    if not args.no_quantize:
+    prompts = args.prompts or [pipeline.example_prompt()]
+    if args.qconfig:
+        dax_settings.quantize(pipeline, qconfig_dict, prompts[:1])
+    elif not args.no_quantize and not args.load_quantized:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity, pipeline.process_group)
-        if pipeline.leads and (low_memory or args.quantize_text_encoder):
-            quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type)
+    if pipeline.leads and not args.no_quantize and (low_memory or args.quantize_text_encoder):
+        quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
+    if pipeline.leads and args.save_quantized:
+        dax_settings.save(transformer, args.save_quantized)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if not pipeline.leads:  # another of several processes has the prompts and writes the files
         pipeline.pipeline.follow()
@@ -124,7 +135,6 @@ def generate(args, live):
         live.ready(pipeline, cli.quantization(args), cli.weight_bytes(transformer), steers="clip")
 
     # Generate and save
-    prompts = args.prompts or [pipeline.example_prompt()]
     options = {
         "output_folder": args.output_folder or ROOT / "outputs",
         "num_output_frames": args.num_output_frames,

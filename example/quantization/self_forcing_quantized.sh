@@ -31,6 +31,9 @@ exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantizatio
     ${SAVE_WITH_INDEX:+--save_with_index "$SAVE_WITH_INDEX"} \
     ${QUANT_TYPE:+--quant_type "$QUANT_TYPE"} \
     ${QUANT_GRANULARITY:+--quant_granularity "$QUANT_GRANULARITY"} \
+    ${QCONFIG:+--qconfig "$QCONFIG"} \
+    ${SAVE_QUANTIZED:+--save_quantized "$SAVE_QUANTIZED"} \
+    ${LOAD_QUANTIZED:+--load_quantized "$LOAD_QUANTIZED"} \
     ${KV_CACHE_DTYPE:+--kv_cache_dtype "$KV_CACHE_DTYPE"} \
     ${NO_QUANTIZE:+--no_quantize "$NO_QUANTIZE"} \
     ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \

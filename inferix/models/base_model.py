@@ -15,11 +15,17 @@ from inferix.models.vae import WanVAE
 class BaseModel:
     """Loads the parts of a base model, each when it is asked for.
 
+    Args:
+        folder: of either layout.
+        transformer_weights: False leaves the transformer on the meta device, for whoever loads other weights into it;
+            the base's own need not be there.
+
     Raises InputError where ``folder`` or a file in it is missing, damaged or of another kind.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, transformer_weights: bool = True):
         self.folder = Path(folder)
+        self.transformer_weights = transformer_weights
         if not self.folder.is_dir():
             raise InputError(f"base model folder {folder} not found; weights/download.sh fetches Wan2.1-T2V-1.3B")
         self.diffusers = (self.folder / "transformer").is_dir()
@@ -27,11 +33,12 @@ class BaseModel:
         self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
 
     def transformer(self) -> CausalWanTransformer:
-        """The transformer with the base weights, memory-mapped."""
+        """The transformer, with the base weights, memory-mapped, unless it is to have none."""
         with torch.device("meta"):
             model = CausalWanTransformer(self.config)
-        state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
-        assign(model, read_transformer(state), self.transformer_folder)
+        if self.transformer_weights:
+            state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
+            assign(model, read_transformer(state), self.transformer_folder)
         return model.eval().requires_grad_(False)
 
     def vae(self) -> WanVAE:

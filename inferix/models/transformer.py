@@ -165,6 +165,12 @@ def places(modules: Iterable[nn.Module]) -> list[int]:
     return [tensor.data_ptr() for module in modules for tensor in chain(module.parameters(), module.buffers())]
 
 
+def alike(linears: list[nn.Module]) -> bool:
+    """Whether one layer can take the place of all: of one type, quantized (or to be) one way, watched by no hook."""
+    kinds = {(type(linear), getattr(linear, "qconfig", None)) for linear in linears}
+    return len(kinds) == 1 and not any(linear._forward_pre_hooks for linear in linears)
+
+
 def fuse_linears(linears: list[nn.Module]) -> nn.Module:
     """One linear layer [out1 + out2 + ..., in] for several that read the same input; they become views of it.
 
@@ -198,9 +204,14 @@ class Attention(nn.Module):
         self.fused_places: list[int] = []
 
     def fuse(self) -> None:
-        """Let queries, keys and values come from one product; again after the layers were replaced, loaded or moved."""
+        """Let queries, keys and values come from one product; again after the layers were replaced, loaded or moved.
+
+        Layers of different precision, and those that calibration watches, stay on their own.
+        """
         layers = [self.to_q, self.to_k, self.to_v]
-        if not self.fused or self.fused_places != places(layers):
+        if not alike(layers):
+            self.fused = ()
+        elif not self.fused or self.fused_places != places(layers):
             self.fused = ()  # so that a stale one does not stay in memory beside the new
             self.fused = (fuse_linears(layers),)
             self.fused_places = places(layers)

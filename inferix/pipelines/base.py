@@ -31,6 +31,8 @@ class Pipeline:
             generate; the others' ``pipeline.follow()`` takes part until it ends.
         device: default: the GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
+        transformer_weights: False leaves ``pipeline.generator.model`` on the meta device, for ``dax``'s
+            ``load_quantized`` instead of ``load_checkpoint``: no float weight is ever loaded.
 
     Raises InputError where a file is missing, damaged or does not fit.
     """
@@ -46,13 +48,14 @@ class Pipeline:
         parallel_config: ParallelConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transformer_weights: bool = True,
     ):
         self.config = load_config(config_path, default_config_path)
         self.parallel = parallel_config or ParallelConfig()
         cuda = torch.cuda.is_available()
         self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        base = BaseModel(wan_base_model_path or self.default_base_model_path)
+        base = BaseModel(wan_base_model_path or self.default_base_model_path, transformer_weights)
         self.pipeline = CausalInferencePipeline(
             self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
         )

@@ -26,9 +26,17 @@ class CausVidPipeline(Pipeline):
         parallel_config: ParallelConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transformer_weights: bool = True,
     ):
         super().__init__(
-            config_path, default_config_path, wan_base_model_path, enable_kv_offload, parallel_config, device, dtype
+            config_path,
+            default_config_path,
+            wan_base_model_path,
+            enable_kv_offload,
+            parallel_config,
+            device,
+            dtype,
+            transformer_weights,
         )
 
     def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:

@@ -80,6 +80,28 @@ def quantize_per_tensor(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup 
     return quantize(x, scale, dtype), scale
 
 
+def hadamard(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The orthonormal Walsh-Hadamard matrix [n, n], n a power of two up to 64: symmetric, and its own inverse."""
+    i = torch.arange(n, device=device)
+    parity = i[:, None] & i
+    for shift in (4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return ((1 - 2 * (parity & 1)) * n**-0.5).to(dtype)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """`x` [..., K] times a block-diagonal Hadamard matrix, which spreads an outlier over its block; again undoes it.
+
+    A block is 64, 16 or 4 wide, as K allows, so that its entries are exact in every type; for other K nothing changes.
+    Magnitudes beyond 1/64 of the type's largest saturate, so that no sum overflows: an infinity never makes a NaN.
+    (QuaRot, arXiv 2404.00456: x Wᵀ = (x H)(W H)ᵀ.)
+    """
+    n = next(n for n in (64, 16, 4, 1) if x.shape[-1] % n == 0)
+    limit = torch.finfo(x.dtype).max / n
+    blocks = x.clamp(-limit, limit).unflatten(-1, (-1, n))
+    return (blocks @ hadamard(n, x.device, x.dtype)).flatten(-2)
+
+
 def pad_to(q: Tensor, rows: int, cols: int) -> Tensor:
     """`q` [r, c] of an 8-bit type with zero codes added below and to the right: [rows, cols]. No copy if it fits."""
     r, c = q.shape

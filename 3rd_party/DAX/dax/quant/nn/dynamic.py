@@ -12,6 +12,8 @@ class Linear(QuantizedLinear):
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [..., in] → codes [..., in] and float32 scales: [..., 1] per token, [] per tensor."""
+        if self.qconfig.rotation:
+            x = QF.rotate(x)
         if self.qconfig.activation_scheme is per_token_symmetric:
             return QF.quantize_per_token(x, self.qconfig.activation_dtype)
         return QF.quantize_per_tensor(x, self.qconfig.activation_dtype, self.qconfig.process_group)

@@ -56,6 +56,7 @@ class QuantizedLinear(nn.Module):
         biased = linear.bias is not None
         new = cls(linear.in_features, linear.out_features, biased, qconfig=qconfig, device="meta", dtype=weight.dtype)
         quantize = QF.quantize_per_token if per_channel else QF.quantize_per_tensor
+        weight = QF.rotate(weight.float()) if qconfig.rotation else weight
         new.qweight, scale = quantize(weight.contiguous(), qconfig.dtype)
         new.weight_scale = scale.reshape(-1, 1)
         new.bias = linear.bias
@@ -103,7 +104,8 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer computes with, [out, in], in the model's float type: worked out on each access."""
-        return (self.qweight.float() * self.weight_scale).to(self.dtype)
+        weight = self.qweight.float() * self.weight_scale
+        return (QF.rotate(weight) if self.qconfig.rotation else weight).to(self.dtype)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [..., in] → codes and scale for `forward_quantized`, here or in any layer of the same qconfig."""
@@ -129,10 +131,9 @@ class QuantizedLinear(nn.Module):
         buffers = {id(buffer) for buffer in self.buffers()}
 
         def move(tensor):
-            moved = fn(tensor)
-            if id(tensor) in buffers and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
+            if id(tensor) in buffers and (probe := fn(tensor.new_empty(0))).dtype != tensor.dtype:
+                return tensor.to(probe.device)
+            return fn(tensor)
 
         super()._apply(move, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype

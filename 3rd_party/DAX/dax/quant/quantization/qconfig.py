@@ -9,6 +9,9 @@ from dax.quant.qscheme import QScheme, per_channel_symmetric, per_tensor_symmetr
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+NAMES = {str(value).removeprefix("torch."): value for value in (*FP8, torch.int8)} | {q.value: q for q in QScheme}
+"""How a file spells the types and the schemes."""
+
 
 @dataclass(frozen=True)
 class QConfig:
@@ -24,8 +27,11 @@ class QConfig:
     """per_tensor_symmetric or per_token_symmetric."""
     static: bool = False
     """False: activation scales come from each input. True: from calibration (fp8 per tensor; prepare, run, convert)."""
+    rotation: bool = False
+    """Quantize activations and weights in a rotated basis, where outliers are spread out: int8 gains, fp8 does not."""
     process_group: ProcessGroup | None = None
-    """Ranks that each hold some rows of every activation: a dynamic per-tensor scale is then that of all their rows."""
+    """Ranks that each hold some rows of every activation: a dynamic per-tensor scale is then that of all their rows.
+    It belongs to a run, so that no file has it."""
 
     def __post_init__(self):
         if self.activation_dtype is None:
@@ -40,6 +46,30 @@ class QConfig:
             raise ValueError(f"QConfig: activations are scaled per tensor or per token, not {self.activation_scheme}")
         if self.static and (self.dtype == torch.int8 or self.activation_scheme is not per_tensor_symmetric):
             raise ValueError("QConfig: static quantization is fp8 with per-tensor activations")
+        if self.static and self.rotation:
+            raise ValueError("QConfig: rotation is for dynamic quantization")
+
+    def to_dict(self) -> dict[str, str | bool]:
+        """Every field but the process group, as a JSON or YAML file can hold it; `from_dict` reads it."""
+        spelled = {value: name for name, value in NAMES.items()}
+        values = {field: getattr(self, field) for field in FIELDS}
+        return {field: value if isinstance(value, bool) else spelled[value] for field, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, str | bool]) -> "QConfig":
+        """Some or all of the fields, the others at their defaults. Raises ValueError for a field or value unknown."""
+        for field, value in fields.items():
+            if field not in FIELDS:
+                raise ValueError(f"{field!r} is none of {', '.join(FIELDS)}")
+            switch = field in ("static", "rotation")
+            if switch != isinstance(value, bool) or not switch and value not in NAMES:
+                wanted = "true or false" if switch else f"one of {', '.join(NAMES)}"
+                raise ValueError(f"{field} is {value!r}: it must be {wanted}")
+        return cls(**{field: NAMES.get(value, value) for field, value in fields.items()})
+
+
+FIELDS = [field for field in QConfig.__dataclass_fields__ if field != "process_group"]
+"""What a file can say of a layer."""
 
 
 def get_default_dynamic_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
@@ -75,3 +105,27 @@ def get_default_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
 def get_fp8_per_channel_weight_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
     """Static fp8: a calibrated scale for each layer's activations, one for each output channel of a weight."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_channel_symmetric, per_tensor_symmetric, static=True)
+
+
+SHORT = {"fp8": QConfig(torch.float8_e4m3fn), "int8": QConfig(torch.int8)}
+"""What a file may say in one word: a scale for each token and each output channel."""
+
+
+def read_qconfig_dict(content) -> dict[str, QConfig | None]:
+    """The `qconfig_dict` that a JSON or YAML file holds: module name → null, `fp8`, `int8`, or the fields of a QConfig.
+
+    Raises ValueError, naming the module, for anything else.
+    """
+    if not isinstance(content, dict) or not content:
+        raise ValueError("it must map module names to null, fp8, int8 or the fields of a QConfig")
+    result = {}
+    for name, value in content.items():
+        try:
+            if not isinstance(name, str):
+                raise ValueError("the name of a module is text (quote it)")
+            if value is not None and not isinstance(value, dict) and value not in SHORT:
+                raise ValueError(f"{value!r} is not null, fp8, int8 or the fields of a QConfig")
+            result[name] = QConfig.from_dict(value) if isinstance(value, dict) else value and SHORT[value]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name!r}: {error}") from None
+    return result

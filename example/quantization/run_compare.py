@@ -1,0 +1,286 @@
+"""Can I trust the quantized video? The same prompts and seeds in full precision and in other settings, measured.
+
+Writes a table (compare.md, compare.json), PSNR and SSIM of every frame (compare.png), and for each setting the videos side
+by side (compare-SETTING.mp4, side_by_side.png). ``--sensitivity`` quantizes each group of modules alone instead, ranks them
+by the harm done, and suggests a file for the runners' ``--qconfig``. ``--help`` lists the flags.
+"""
+
+import gc
+import itertools
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "example/quantization")]  # so that a checkout runs without being installed
+
+import torch
+from torch import Tensor
+
+import dax_settings
+import run_causvid_quantized
+import run_self_forcing_quantized
+from compare_report import FRAMES_AT_ONCE, Clip, Figures, peak_gb, plot, reset_peak, save_picture, side_by_side, table
+from inferix import CausVidPipeline, SelfForcingPipeline, cli
+from inferix.errors import InputError
+from inferix.models.transformer import CausalWanTransformer
+from inferix.pipelines.base import Pipeline
+from inferix.video import VideoWriter, safe_file_name
+
+MODELS = {
+    "self_forcing": (SelfForcingPipeline, run_self_forcing_quantized),
+    "causvid": (CausVidPipeline, run_causvid_quantized),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    qconfig_dict: dict
+    """As a file for ``--qconfig`` says it."""
+    kv_cache_dtype: str = "auto"
+
+
+FULL = Setting("full precision", {})
+EVERYTHING = '""'
+"""The default's key, as YAML writes it."""
+ENDS = {"condition_embedder": None, "proj_out": None}
+FP8, INT8, E5M2 = "float8_e4m3fn", "int8", "float8_e5m2"
+PER_TENSOR = {"weight_scheme": "per_tensor_symmetric", "activation_scheme": "per_tensor_symmetric"}
+STATIC = {"activation_scheme": "per_tensor_symmetric", "static": True}
+
+
+def known_settings(last_block: int = 0) -> dict[str, Setting]:
+    """Every setting with a name; all but the ``-all`` ones keep the two ends of the transformer in high precision."""
+    outer = {"blocks.0": None, f"blocks.{last_block}": None}
+    settings = [
+        Setting("fp8", {"": "fp8", **ENDS}),
+        Setting("int8", {"": "int8", **ENDS}),
+        Setting("fp8-tensor", {"": {"dtype": FP8, **PER_TENSOR}, **ENDS}),
+        Setting("int8-tensor", {"": {"dtype": INT8, **PER_TENSOR}, **ENDS}),
+        Setting("int8-channel", {"": {"dtype": INT8, "activation_scheme": "per_tensor_symmetric"}, **ENDS}),
+        Setting("fp8-static", {"": {"dtype": FP8, **PER_TENSOR, **STATIC}, **ENDS}),
+        Setting("fp8-static-channel", {"": {"dtype": FP8, **STATIC}, **ENDS}),
+        Setting("fp8-e5m2", {"": {"dtype": FP8, "activation_dtype": E5M2}, **ENDS}),
+        Setting("fp8-outer", {"": "fp8", **outer, **ENDS}),
+        Setting("int8-outer", {"": "int8", **outer, **ENDS}),
+        Setting("fp8-rotation", {"": {"dtype": FP8, "rotation": True}, **ENDS}),
+        Setting("int8-rotation", {"": {"dtype": INT8, "rotation": True}, **ENDS}),
+        Setting("fp8-all", {"": "fp8"}),
+        Setting("int8-all", {"": "int8"}),
+        Setting("fp8+fp8kv", {"": "fp8", **ENDS}, "fp8"),
+        Setting("int8+fp8kv", {"": "int8", **ENDS}, "fp8"),
+    ]
+    return {setting.name: setting for setting in settings}
+
+
+def parse_arguments(argv):
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="self_forcing", help="whose sampler and checkpoint (default: self_forcing)")
+    add("--checkpoint_path", type=Path, help="Self-Forcing's file, or CausVid's folder")
+    parser.add_switch("--use_ema", default=True, help="Self-Forcing: load the averaged weights (default: true)")
+    add("--settings", nargs="+", default=list(known_settings()), help="names, or YAML files as for --qconfig; all: "
+        + " ".join(known_settings()))  # fmt: skip
+    add("--num_prompts", type=int, default=4, help="without --prompt: so many that the model knows (default: 4)")
+    add("--num_output_frames", type=int, help="latent frames of a clip (default: the config's)")
+    add("--sensitivity", choices=("fp8", "int8"), help="rank the modules by the harm of quantizing each alone")
+    add("--psnr", type=float, default=35.0, help="dB that the qconfig which --sensitivity suggests is to reach (35)")
+    args = parser.parse_args(argv)
+    args.output_folder = args.output_folder or ROOT / "outputs/compare"
+    if args.num_prompts < 1:
+        parser.error(f"--num_prompts must be at least 1, not {args.num_prompts}")
+    if unknown := [name for name in args.settings if name not in known_settings() and not Path(name).is_file()]:
+        parser.error(f"--settings: {unknown[0]} is neither a name nor a file")
+    return args
+
+
+def load(args) -> Pipeline:
+    """The pipeline in full precision, its transformer still where the checkpoint file is mapped."""
+    pipeline_class, runner = MODELS[args.model]
+    given = cli.Weights(args.config_path, args.wan_base_model_path, args.checkpoint_path)
+    weights = cli.find_weights(given, runner.REAL, runner.DEMO)
+    pipeline = pipeline_class(weights.config, args.default_config_path, weights.base)
+    pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema and args.model == "self_forcing")
+    return pipeline
+
+
+def example_prompts(pipeline: Pipeline, count: int) -> list[str]:
+    """Prompts that the model knows, always the same choice among all where it knows only some."""
+    template = pipeline.config.prompt_template
+    if template is None:
+        return [pipeline.example_prompt()]
+    parts = [part.split("|") for part in re.split(r"[{}]", template)]
+    prompts = ["".join(words) for words in itertools.product(*parts)]
+    return random.Random(0).sample(prompts, min(count, len(prompts)))
+
+
+class Comparison:
+    """Clips of the same prompts and seeds, first with the transformer as it was loaded, then in other settings."""
+
+    def __init__(self, pipeline: Pipeline, prompts: list[str], seed: int, num_frames: int | None):
+        self.pipeline, self.prompts, self.seed, self.num_frames = pipeline, prompts, seed, num_frames
+        self.parts = pipeline.pipeline
+        self.weights = self.parts.generator.model.state_dict()
+        pipeline.setup_devices()
+        self.reference: list[Clip] = []
+        self.compiled = True
+
+    def apply(self, setting: Setting) -> None:
+        """Put a transformer of this setting into the pipeline."""
+        with torch.device("meta"):
+            model = CausalWanTransformer(self.parts.generator.model.config)
+        model.load_state_dict(self.weights, assign=True)
+        self.parts.generator.model = self.parts.cache = None  # before the next ones take as much memory again
+        self.parts.generator.forget_graphs()
+        torch.compiler.reset()  # or the many settings would exceed what it keeps of one function
+        gc.collect()
+        self.parts.generator.model = model.eval().requires_grad_(False).to(self.pipeline.device, self.pipeline.dtype)
+        self.parts.set_kv_cache_dtype(setting.kv_cache_dtype)
+        if setting.qconfig_dict:
+            dax_settings.quantize(
+                self.pipeline, dax_settings.parse(setting.qconfig_dict, setting.name), self.prompts[:4]
+            )
+        if self.pipeline.device.type == "cuda" and self.compiled:
+            model.compile()
+            self.clip(0)  # which compiles
+
+    def clip(self, number: int) -> tuple[Tensor, Tensor]:
+        """The video [T, 3, H, W] and the latents [F, 16, h, w] made of one of the prompts."""
+        made = dax_settings.clip(self.pipeline, self.prompts[number], self.seed + number, self.num_frames)
+        return made[0][0], made[1][0].float()
+
+    def measure(self, setting: Setting, show: Callable[[Tensor, Tensor], None] | None = None) -> Figures:
+        """Make every clip and compare it with the reference, which has to be made first: ``measure(FULL)``.
+
+        ``show`` is called with the reference's and the setting's video of each.
+        """
+        self.apply(setting)
+        figures = Figures(setting.name, weights_gb=cli.weight_bytes(self.parts.generator.model) / 1e9)
+        for number in range(len(self.prompts)):
+            reset_peak()
+            start = time.perf_counter()
+            made = Clip(*(tensor.cpu() for tensor in self.clip(number)))
+            figures.seconds.append(time.perf_counter() - start)
+            figures.peak_gb = max(figures.peak_gb, peak_gb())
+            if setting == FULL:
+                self.reference.append(made)
+            else:
+                figures.add(self.reference[number], made, self.pipeline.device)
+            if show:
+                show(self.reference[number].video, made.video)
+        return figures
+
+
+def compare(comparison: Comparison, settings: list[Setting], folder: Path) -> None:
+    """The table, the plot and the videos."""
+    results, pictures = [comparison.measure(FULL)], {}
+    for setting in settings:
+        with VideoWriter(folder / f"compare-{safe_file_name(setting.name)}.mp4") as writer:
+
+            def show(reference: Tensor, video: Tensor) -> None:
+                for frames in zip(reference.split(FRAMES_AT_ONCE), video.split(FRAMES_AT_ONCE)):
+                    panels = side_by_side(*frames, setting.name)
+                    writer.write(panels)
+                pictures.setdefault(setting.name, panels[-1].clone())
+
+            results.append(comparison.measure(setting, show))
+        print(results[-1].line(), flush=True)
+    print(f"\n{table(results)}")
+    write(folder, "compare", comparison, table(results), [asdict(figures) for figures in results])
+    plot(results[1:], folder / "compare.png")
+    save_picture(torch.cat(list(pictures.values()), dim=1), folder / "side_by_side.png")
+
+
+def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) -> None:
+    """Quantize each group of modules alone, and suggest which of them to keep as they are."""
+    comparison.compiled = False  # it would take longer than so few clips
+    comparison.measure(FULL)
+    linears = cli.linear_names(comparison.parts.generator.model)
+    full_gb = cli.weight_bytes(comparison.parts.generator.model) / 1e9
+    alone = []
+    for group in dict.fromkeys(group_of(name) for name in linears):
+        alone.append(comparison.measure(Setting(group, {group: kind})))
+        print(alone[-1].line(), flush=True)
+    alone.sort(key=lambda figures: figures.error / (full_gb - figures.weights_gb), reverse=True)
+    print(f"\nEach group alone in {kind}, the most harm for the memory it saves first:\n\n{table(alone)}\n", flush=True)
+    write(folder, "sensitivity", comparison, table(alone), [asdict(figures) for figures in alone])
+
+    ranked = [[name for name in linears if group_of(name) == figures.setting] for figures in alone]
+    figures, suggestion = fewest_kept(comparison, kind, wanted, ranked)
+    size = f"{figures.weights_gb:.4g} GB of weights instead of {full_gb:.4g}"
+    lines = [f"# {kind}: PSNR {figures.psnr:.1f} dB, {size}"]
+    lines += [f"{name or EVERYTHING}: {value or 'null'}" for name, value in suggestion.qconfig_dict.items()]
+    text = "\n".join(lines) + "\n"
+    (folder / "suggested.yaml").write_text(text)
+    print(
+        f"\nSuggested for {wanted:g} dB; saved as {cli.shown(folder / 'suggested.yaml')} for QCONFIG:\n\n{text}", end=""
+    )
+
+
+def fewest_kept(comparison: Comparison, kind: str, wanted: float, ranked: list[list[str]]) -> tuple[Figures, Setting]:
+    """The fewest groups of Linears, from the front of ``ranked``, to keep for the PSNR wanted: found by bisection.
+
+    Raises InputError where it takes all of them.
+    """
+    few, many, found = 0, len(ranked), None
+    while few < many:
+        middle = (few + many) // 2
+        kept = cli.largest_covers(sum(ranked[:middle], []), sum(ranked, []))
+        setting = Setting(f"{middle} groups kept", {"": kind, **dict.fromkeys(kept)})
+        figures = comparison.measure(setting)
+        print(figures.line(), flush=True)
+        if figures.psnr >= wanted:
+            many, found = middle, (figures, setting)
+        else:
+            few = middle + 1
+    if found is None:
+        raise InputError(
+            f"a single group in {kind} takes the PSNR below {wanted:g} dB: lower --psnr, or take the other type"
+        )
+    return found
+
+
+def group_of(name: str) -> str:
+    """The group a Linear is ranked in: each part of each block, and what is outside of them by its first name."""
+    return ".".join(name.split(".")[: 3 if name.startswith("blocks.") else 1])
+
+
+def write(folder: Path, stem: str, comparison: Comparison, markdown: str, results: list[dict]) -> None:
+    """The table, and as JSON all figures and what they were taken on."""
+    device = comparison.pipeline.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report = {"machine": machine, "torch": torch.__version__, "dtype": str(comparison.pipeline.dtype)}
+    report |= {"seed": comparison.seed, "prompts": comparison.prompts, "settings": results}
+    (folder / f"{stem}.json").write_text(json.dumps(report, indent=1))
+    (folder / f"{stem}.md").write_text(markdown + "\n")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    cli.check_can_quantize(None)
+    files = {name: dax_settings.content(Path(name)) for name in args.settings if name not in known_settings()}
+    for name, content in files.items():
+        dax_settings.parse(content, name)  # refused before anything is made
+    pipeline = load(args)
+    known = known_settings(pipeline.pipeline.generator.model.config.num_layers - 1)
+    settings = [known.get(name) or Setting(Path(name).stem, files[name]) for name in args.settings]
+    prompts = args.prompts or example_prompts(pipeline, args.num_prompts)
+    try:
+        args.output_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {args.output_folder}: {error.strerror}; choose another folder") from None
+    comparison = Comparison(pipeline, prompts, args.seed, args.num_output_frames)
+    if args.sensitivity:
+        sensitivity(comparison, args.sensitivity, args.psnr, args.output_folder)
+    else:
+        compare(comparison, settings, args.output_folder)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
