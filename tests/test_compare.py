@@ -186,6 +186,7 @@ def test_causvid(tmp_path):
         ({"settings": "unknown.yaml"}, "no module block"),
         ({"num_output_frames": 4}, "blocks of 3"),
         ({"num_prompts": 0}, "--num_prompts"),
+        ({"num_output_frames": 0}, "--num_output_frames"),
         ({"prompt": ";"}, "the prompt is empty"),
         ({"sensitivity": "int4"}, "--sensitivity"),
         ({"checkpoint_path": "nowhere.pt"}, "nowhere.pt not found"),

@@ -89,12 +89,14 @@ def parse_arguments(argv):
         + " ".join(known_settings()))  # fmt: skip
     add("--num_prompts", type=int, default=4, help="without --prompt: so many that the model knows (default: 4)")
     add("--num_output_frames", type=int, help="latent frames of a clip (default: the config's)")
-    add("--sensitivity", choices=("fp8", "int8"), help="rank the modules by the harm of quantizing each alone")
+    add("--sensitivity", choices=("fp8", "int8"), nargs="?", const="fp8",
+        help="rank the modules by the harm of quantizing each alone (to fp8, if nothing is said)")  # fmt: skip
     add("--psnr", type=float, default=35.0, help="dB that the qconfig which --sensitivity suggests is to reach (35)")
     args = parser.parse_args(argv)
     args.output_folder = args.output_folder or ROOT / "outputs/compare"
-    if args.num_prompts < 1:
-        parser.error(f"--num_prompts must be at least 1, not {args.num_prompts}")
+    for flag in ("num_prompts", "num_output_frames"):
+        if (number := getattr(args, flag)) is not None and number < 1:
+            parser.error(f"--{flag} must be at least 1, not {number}")
     if unknown := [name for name in args.settings if name not in known_settings() and not Path(name).is_file()]:
         parser.error(f"--settings: {unknown[0]} is neither a name nor a file")
     return args
@@ -152,7 +154,8 @@ class Comparison:
 
     def clip(self, number: int) -> tuple[Tensor, Tensor]:
         """The video [T, 3, H, W] and the latents [F, 16, h, w] made of one of the prompts."""
-        made = dax_settings.clip(self.pipeline, self.prompts[number], self.seed + number, self.num_frames)
+        seed = (self.seed + number) % 2**63
+        made = dax_settings.clip(self.pipeline, self.prompts[number], seed, self.num_frames)
         return made[0][0], made[1][0].float()
 
     def measure(self, setting: Setting, show: Callable[[Tensor, Tensor], None] | None = None) -> Figures:
