@@ -14,7 +14,7 @@ from test_golden import PROMPTS
 
 from inferix import CausVidPipeline, ParallelConfig, SelfForcingPipeline
 
-quantize_transformer = load_runner("self_forcing").quantize_transformer
+runner = load_runner("self_forcing")
 RANKS = {name: int(os.environ.get(name.upper(), default)) for name, default in (("rank", 0), ("world_size", 1))}
 
 
@@ -68,7 +68,8 @@ def causvid(pipeline) -> dict:
 def quantized(pipeline, quant_type: str, granularity: str) -> None:
     """Quantize, and keep the scales that the first layer's activations get."""
     transformer = pipeline.pipeline.generator.model
-    quantize_transformer(transformer, quant_type, granularity, pipeline.process_group)
+    runner.quantize_transformer(transformer, quant_type, granularity)
+    runner.dax_settings.share_scales(pipeline)
     layer, pipeline.scales = transformer.blocks[0].ffn.net[2], []
     original = layer.quantize_input
 

@@ -68,7 +68,7 @@ def test_low_memory(tmp_path, self_forcing):
     assert isinstance(small.pipeline.cache, OffloadedKVCache) and small.pipeline.cache.dtype == FP8
     usual = self_forcing.generate([PROMPT], 9, torch.Generator().manual_seed(0))
     assert torch.nn.functional.cosine_similarity(video.flatten(), usual.flatten(), dim=0) > 0.999
-    quantize = load_runner("self_forcing").quantize_text_encoder
+    quantize = load_runner("self_forcing").dax_settings.quantize_text_encoder
     quantize(small.pipeline.text_encoder, "int8")
     blocks = small.pipeline.text_encoder.model.encoder.block
     assert not any(type(module) is torch.nn.Linear for module in blocks.modules())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inferix import cli
 from inferix.errors import InputError
+from inferix.models.text_encoder import TextEncoder
 from inferix.pipelines.base import Pipeline
 
 
@@ -74,14 +75,25 @@ def quantize(pipeline: Pipeline, qconfig_dict: dict, prompts: list[str]) -> None
                 clip(pipeline, prompt, CALIBRATION_SEED + number)
     with refusing("qconfig"):
         convert(transformer)
-    share_scales(transformer, pipeline)
 
 
-def share_scales(transformer: nn.Module, pipeline: Pipeline) -> None:
+def share_scales(pipeline: Pipeline) -> None:
     """Where several processes share a video, let a dynamic per-tensor scale be that of all their tokens."""
-    for module in transformer.modules():
+    for module in pipeline.pipeline.generator.model.modules():
         if pipeline.process_group is not None and hasattr(module, "qconfig"):
             module.qconfig = replace(module.qconfig, process_group=pipeline.process_group)
+
+
+def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
+    """Quantize every Linear of ``text_encoder``, block by block, so that a small GPU does with one at a time."""
+    from dax.quant.quantization import qconfig, quantize_dynamic
+
+    choices = {
+        "fp8": qconfig.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
+        "int8": qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
+    }
+    for block in text_encoder.blocks():
+        quantize_dynamic(block, {"": choices[quant_type]()})
 
 
 CALIBRATION_SEED = 1_000_000
@@ -120,4 +132,3 @@ def load(pipeline: Pipeline, folder: Path) -> None:
         transformer = load_quantized(pipeline.pipeline.generator.model, folder)
         for dtype in {tensor.dtype for name, tensor in transformer.named_buffers() if name.endswith("qweight")}:
             check_device(dtype, pipeline.device)
-    share_scales(transformer, pipeline)

@@ -7,7 +7,6 @@ for each.
 import signal
 import sys
 import time
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -42,11 +41,8 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def quantize_transformer(transformer, quant_type="fp8", granularity="per_token", process_group=None):
-    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not.
-
-    Where several processes share a video, each with some tokens, a tensor's scale is that of all of ``process_group``.
-    """
+def quantize_transformer(transformer, quant_type="fp8", granularity="per_token"):
+    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not."""
     from dax.quant.quantization import qconfig, quantize_dynamic
 
     choices = {
@@ -55,27 +51,12 @@ def quantize_transformer(transformer, quant_type="fp8", granularity="per_token",
         ("int8", "per_token"): qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): qconfig.get_default_dynamic_int8_qconfig,
     }
-    default = choices[quant_type, granularity]()
-    if granularity == "per_tensor" and process_group is not None:
-        default = replace(default, process_group=process_group)
     qconfig_dict = {
-        "": default,
+        "": choices[quant_type, granularity](),
         "condition_embedder": None,
         "proj_out": None,
     }
     quantize_dynamic(transformer, qconfig_dict)
-
-
-def quantize_text_encoder(text_encoder, quant_type="fp8"):
-    """Quantize every Linear of ``text_encoder``, block by block, so that a small GPU does with one at a time."""
-    from dax.quant.quantization import qconfig, quantize_dynamic
-
-    choices = {
-        "fp8": qconfig.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
-        "int8": qconfig.get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
-    }
-    for block in text_encoder.blocks():
-        quantize_dynamic(block, {"": choices[quant_type]()})
 
 
 def each_video(args, default_prompt):
@@ -123,9 +104,10 @@ def generate(args, live):
     if args.qconfig:
         dax_settings.quantize(pipeline, qconfig_dict, (args.prompts or [pipeline.example_prompt()])[:1])
     elif not args.no_quantize and not args.load_quantized:
-        quantize_transformer(transformer, args.quant_type, args.quant_granularity, pipeline.process_group)
+        quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    dax_settings.share_scales(pipeline)
     if pipeline.leads and not args.no_quantize and (low_memory or args.quantize_text_encoder):
-        quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
+        dax_settings.quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
     if pipeline.leads and args.save_quantized:
         dax_settings.save(transformer, args.save_quantized)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+import dax_settings
 from inferix import cli
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.vae import StreamingDecoder
 from inferix.pipelines.inference import CausalInferencePipeline
 from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip, weight_gigabytes
-from run_self_forcing_quantized import quantize_text_encoder, quantize_transformer
+from run_self_forcing_quantized import quantize_transformer
 
 SAMPLERS = {
     "self_forcing": {},
@@ -122,7 +123,7 @@ def build(geometry: Geometry, setting: str, device, dtype, sizes: tuple[int | No
     if QUANTIZED[setting]:
         quantize_transformer(pipeline.generator.model, QUANTIZED[setting])  # per token: no scale to be shared
         if setting == "low" and pipeline.leads:
-            quantize_text_encoder(pipeline.text_encoder, QUANTIZED[setting])
+            dax_settings.quantize_text_encoder(pipeline.text_encoder, QUANTIZED[setting])
     pipeline.set_kv_cache_dtype("fp8" if "fp8kv" in setting else "auto")
     return pipeline
 
