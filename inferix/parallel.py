@@ -116,26 +116,14 @@ class SequenceParallel:
         all_gather(gathered.flatten(0, 1), tokens.contiguous())
         return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def tokens_for_heads(self, tensors: list[Tensor], frames: int) -> list[Tensor]:
-        """Own tokens with all heads, each [B, F*s, H, d], to this rank's heads of its Ulysses group's [B, F*U*s, H/U, d]."""
-        if self.ulysses_size == 1:
-            return tensors
-        batch, tokens, heads, width = tensors[0].shape
-        split = (heads // self.ulysses_size, width)
-        sent = tensors[0].new_empty(self.ulysses_size, len(tensors), batch, tokens, *split)
-        for i, tensor in enumerate(tensors):
-            sent[:, i].copy_(tensor.view(batch, tokens, self.ulysses_size, *split).permute(2, 0, 1, 3, 4))
-        received = self._exchange(sent, self.ulysses).view(*sent.shape[:3], frames, -1, *split)
-        return list(received.permute(1, 2, 3, 0, 4, 5, 6).flatten(2, 4))
+    def tokens_for_heads(self, sent: Tensor) -> Tensor:
+        """Own tokens by who gets their heads, [U, ..., H/U, d], to this rank's heads of the Ulysses group's tokens, by owner."""
+        return sent if self.ulysses_size == 1 else self._exchange(sent, self.ulysses)
 
-    def heads_for_tokens(self, attended: Tensor, frames: int) -> Tensor:
-        """The way back of ``tokens_for_heads`` for attention's result [B, F*U*s, H/U*d]: [B, F*s, H*d]."""
-        if self.ulysses_size == 1:
-            return attended
-        batch, _, width = attended.shape
-        sent = attended.reshape(batch, frames, self.ulysses_size, -1, width).permute(2, 0, 1, 3, 4).contiguous()
-        received = self._exchange(sent, self.ulysses)
-        return received.permute(1, 2, 3, 0, 4).flatten(3).flatten(1, 2)
+    def heads_for_tokens(self, attended: Tensor) -> Tensor:
+        """The way back, for attention's result [B, U*T, H/U*d] by owner: [B, T, U, H/U*d], all heads of own tokens."""
+        sent = attended.unflatten(1, (self.ulysses_size, -1)).transpose(0, 1).contiguous()
+        return self.tokens_for_heads(sent).permute(1, 2, 0, 3)
 
     def visiting(self, q: Tensor) -> Tensor:
         """The queries [B, R*T, H, d] of all ring ranks for this one's keys, from each one's [B, T, H, d]."""

@@ -70,7 +70,7 @@ def quantized(pipeline, quant_type: str, granularity: str) -> None:
     transformer = pipeline.pipeline.generator.model
     runner.quantize_transformer(transformer, quant_type, granularity)
     runner.dax_settings.share_scales(pipeline)
-    layer, pipeline.scales = transformer.blocks[0].ffn.net[2], []
+    layer, pipeline.scales = transformer.blocks[0].attn2.to_out[0], []
     original = layer.quantize_input
 
     def remember(x):

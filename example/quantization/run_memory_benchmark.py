@@ -52,7 +52,7 @@ QUANTIZED = {
 """Every setting, and what its weights are quantized to; "low" is --low_memory."""
 
 UMT5 = {
-    "real": UMT5Config(
+    4096: UMT5Config(
         vocab_size=256384,
         d_model=4096,
         d_kv=64,
@@ -61,18 +61,19 @@ UMT5 = {
         num_heads=64,
         feed_forward_proj="gated-gelu",
     ),
-    "demo": UMT5Config(
+    64: UMT5Config(
         vocab_size=256384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     ),
 }
+"""The text encoders, by the width of what they give."""
 
 
 class WholeBase(RandomBase):
     """Random weights in the dtype that they are stored in, the text encoder's among them."""
 
-    def __init__(self, geometry: Geometry, umt5: UMT5Config, device: torch.device, dtype: torch.dtype):
+    def __init__(self, geometry: Geometry, device: torch.device, dtype: torch.dtype):
         super().__init__(geometry, device)
-        self.umt5, self.dtype = umt5, dtype
+        self.dtype = dtype
 
     def transformer(self):
         torch.set_default_dtype(self.dtype)
@@ -84,7 +85,7 @@ class WholeBase(RandomBase):
     def text_encoder(self) -> TextEncoder:
         """In host memory, where a file's would be mapped; each block is filled on the device, which is faster."""
         with torch.device("meta"):
-            model = UMT5EncoderModel(self.umt5).to(self.dtype)
+            model = UMT5EncoderModel(UMT5[self.geometry.transformer.text_dim]).to(self.dtype)
         for part in (model.shared, *model.encoder.block, model.encoder.final_layer_norm):
             part.to_empty(device=self.device)
             for weight in part.parameters():
@@ -116,7 +117,7 @@ class DevicePeak:
 
 
 def build(geometry: Geometry, setting: str, device, dtype, sizes: tuple[int | None, int | None]):
-    base = WholeBase(geometry, UMT5["real" if geometry is GEOMETRIES["real"] else "demo"], device, dtype)
+    base = WholeBase(geometry, device, dtype)
     parallel = cli.parallel_config(*sizes, geometry.transformer.num_heads)
     pipeline = CausalInferencePipeline(geometry.config, base, device, dtype, parallel, setting.endswith("+offload"))
     pipeline.to_device(low_memory=setting == "low")

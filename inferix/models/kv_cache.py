@@ -54,8 +54,9 @@ class KVCache:
             heads = config.num_heads // parallel.ulysses_size
             stored = (batch, self.num_frames, tokens // parallel.ring_size, heads, config.head_dim)
         self.loose: list[Tensor] = []
-        self.fresh: list[Tensor] = []
-        """With ``parallel``: the placed frames' keys and values for this rank's tokens, before heads are exchanged."""
+        self.sent: Tensor | None = None
+        """With ``parallel``: queries, keys and values of the placed frames for this rank's tokens, before heads are
+        exchanged: [U, 3, B, T, H/U, d], by who gets them."""
         self.text: list[tuple[Tensor, Tensor]] = []
         """Every layer's cross-attention keys and values [B, L, H, d]."""
         self.allocate(config.num_layers, stored)
@@ -98,15 +99,17 @@ class KVCache:
     def room(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where the keys and the values [B, T, H, d] of the placed frames are to be written.
 
-        With ``parallel``, T counts this rank's own tokens, and they lie in the same place for every layer.
+        With ``parallel``, T counts this rank's own tokens, they lie in the same place for every layer, and H comes in two:
+        the Ulysses group's ranks, and the heads of each.
         """
         if self.parallel is None:
             return self.slots_of(layer)
         batch, _, tokens = self.shape
-        shape = (batch, len(self.slots) * tokens // self.parallel.world_size, *self.heads)
-        if not self.fresh or self.fresh[0].shape != shape:
-            self.fresh = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
-        return tuple(self.fresh)
+        own, ranks = len(self.slots) * tokens // self.parallel.world_size, self.parallel.ulysses_size
+        shape = (ranks, 3, batch, own, self.heads[0] // ranks, self.heads[1])
+        if self.sent is None or self.sent.shape != shape:
+            self.sent = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return tuple(self.sent[:, i].permute(1, 2, 0, 3, 4) for i in (1, 2))
 
     def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and the values of the placed frames [B, T, H, d], to be written."""
@@ -137,11 +140,14 @@ class KVCache:
         return attended
 
     def attend_together(self, layer: int, q: Tensor) -> Tensor:
-        """``attend`` of all ranks, each with the queries of its own tokens."""
+        """``attend`` of all ranks, each with the queries of its own tokens: [B, T, U, H/U*d]."""
         parallel, frames = self.parallel, len(self.slots)
-        q, *fresh = parallel.tokens_for_heads([q, *self.fresh], frames)
-        for slots, new in zip(self.slots_of(layer), fresh):
-            slots.copy_(new)
+        self.sent[:, 0].copy_(q.unflatten(2, (parallel.ulysses_size, -1)).permute(2, 0, 1, 3, 4))
+        q, *fresh = parallel.tokens_for_heads(self.sent).unbind(1)  # each [U, B, T, H/U, d], by whose tokens they are
+        for slots, new in zip(self.slots_of(layer), fresh):  # a frame's tokens come together, whoever had them
+            frame_by_frame = new.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4, 5)
+            slots.view(frame_by_frame.shape).copy_(frame_by_frame)
+        q = q.transpose(0, 1).flatten(1, 2)
         keys, values = self.seen(layer)
         if parallel.ring_size == 1:
             attended = cache_attention(q, keys, values, self.compute_dtype)
@@ -149,7 +155,7 @@ class KVCache:
             partial = attention_with_lse(parallel.visiting(q), keys, values, self.compute_dtype)
             attended = merge_parts(*parallel.returned(*partial), self.compute_dtype)
         self.done(layer)
-        return parallel.heads_for_tokens(attended, frames)
+        return parallel.heads_for_tokens(attended)
 
 
 class OffloadedKVCache(KVCache):

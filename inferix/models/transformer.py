@@ -104,9 +104,10 @@ def rope_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> t
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (2i, 2i+1) of x [B, T, H, d] by the angles of ``rope``, in float32."""
     cos, sin = rope
-    real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    # (a, b) becomes (a cos - b sin, b cos + a sin). Without a concatenation it is one GPU kernel with what is around it.
+    sign = torch.arange(-1, 2, 2, device=x.device)
+    return (pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * sign)).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -256,6 +257,9 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        project, _, out = self.net
+        if hasattr(out, "forward_gelu"):  # quantizes its input: one kernel with GELU
+            return out.forward_gelu(project.proj(x))
         return self.net(x)
 
 
@@ -287,14 +291,14 @@ class TransformerBlock(nn.Module):
         hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
         query, key, value = self.attn1.query_key_value(hidden)
         keys, values = room
-        keys.copy_(saturating_cast(apply_rope(key, rope), keys.dtype))
-        values.copy_(saturating_cast(value, values.dtype))
+        keys.copy_(saturating_cast(apply_rope(key, rope), keys.dtype).view(keys.shape))
+        values.copy_(saturating_cast(value, values.dtype).view(values.shape))
         return saturating_cast(apply_rope(query, rope), keys.dtype)
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """What follows self-attention: x [B, F, S, D] and its result [B, F*S, D] to the block's output [B, F, S, D]."""
+        """What follows self-attention: x [B, F, S, D] and its result [B, F*S, ..., D] to the block's output [B, F, S, D]."""
         *_, gate_attn, shift, scale, gate_ffn = self.modulation(time)
-        x = (x + self.attn1.to_out[0](attended).view_as(x) * gate_attn).to(x.dtype)
+        x = (x + self.attn1.to_out[0](attended.flatten(2)).view_as(x) * gate_attn).to(x.dtype)
         attended = attention(self.attn2.query(self.norm2(x).to(x.dtype)), *text)
         x = x + self.attn2.to_out[0](attended).view_as(x)
         hidden = (self.norm3(x) * (1 + scale) + shift).to(x.dtype)
@@ -347,7 +351,8 @@ class CausalWanTransformer(nn.Module):
             rope: what ``self.rope`` gives for these frames.
             cache: has ``text``, what ``self.embed_text`` gives; ``room(layer)``, two tensors [B, F*S, H, d] that the
                 block's keys and values are written to; and ``attend(layer, q)``, which returns the self-attention's
-                result [B, F*S, D] for queries [B, F*S, H, d] of the room's dtype. See ``KVCache``.
+                result [B, F*S, D] for queries [B, F*S, H, d] of the room's dtype. H and D may come in two dimensions.
+                See ``KVCache``.
 
         Returns:
             The flow [B, F, C, h, w] in the dtype of ``latents``.

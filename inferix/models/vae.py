@@ -42,6 +42,8 @@ class WanVAE:
         self.model.decoder = None
         self.frames_at_once = 3
         """Latent frames that go through the decoder together; bounds its memory, however long the piece."""
+        self.captured = True
+        """Decode from CUDA graphs where there is a GPU: faster, but the graphs keep the memory that they work in."""
         self.idle: list[ClipDecoder] = []
         """What streams that ended have left for the next: memory, and graphs that are tied to it."""
         shape = (1, 1, -1, 1, 1)
@@ -78,7 +80,7 @@ class WanVAE:
     def borrow(self, shape: tuple[int, int, int]) -> ClipDecoder:
         """A decoder for a new clip of (B, h, w), to be put back to ``idle``; those idle of another shape are dropped."""
         self.idle[:] = [decoder for decoder in self.idle if decoder.shape == shape]
-        decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape)
+        decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape, self.captured)
         decoder.clip.restart()
         return decoder
 

@@ -321,22 +321,23 @@ class VAEDecoder(nn.Module):
 
 
 class ClipDecoder:
-    """Decodes clips of one shape, one after the other; on a GPU from CUDA graphs.
+    """Decodes clips of one shape, one after the other; on a GPU from CUDA graphs, if they are to be ``captured``.
 
     The first call of each kind runs as it is, which compiles and lets cuDNN choose its algorithms, and is then captured.
     """
 
-    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int]):
+    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], captured: bool):
         """``shape`` is (B, h, w)."""
         self.decoder = decoder
         self.shape = shape
+        self.captured = captured
         self.clip = Clip()
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         """By number of latent frames and whether they begin the clip: the graph, its input and its output."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         """As ``VAEDecoder.forward``."""
-        if not latents.is_cuda:
+        if not (latents.is_cuda and self.captured):
             return self.decoder(latents, self.clip)
         kind = (latents.shape[1], self.clip.first)
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):

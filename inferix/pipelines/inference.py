@@ -1,6 +1,7 @@
 """From noise to clean latents, block by block: the loop that Self-Forcing and CausVid share."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,19 @@ class WanDiffusionWrapper:
         return self.graphs[key](latents, timesteps, *rope)
 
 
+@cache
+def warm_up_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 34 MB for every stream that it was ever used on."""
+    return torch.cuda.Stream()
+
+
 class CapturedForward:
     """One forward of the transformer as a CUDA graph: for one place in one cache, whose tensors must stay where they are."""
 
     def __init__(self, model: CausalWanTransformer, latents: Tensor, timesteps: Tensor, rope, cache: KVCache, pool):
         self.inputs = [tensor.clone() for tensor in (latents, timesteps, *rope)]
         latents, timesteps, *rope = self.inputs
-        stream = torch.cuda.Stream()  # warm up where nothing else runs: compiling and choosing kernels is not captured
+        stream = warm_up_stream()  # where nothing else runs: compiling and choosing kernels is not captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             model(latents, timesteps, tuple(rope), cache)
@@ -162,7 +169,7 @@ class CausalInferencePipeline:
             self.text_encoder.to(self.device, self.dtype, block_by_block=low_memory)
         if self.vae is not None:
             self.vae.to(self.device, self.dtype)
-            self.vae.frames_at_once = 1 if low_memory else 3
+            self.vae.frames_at_once, self.vae.captured = (1, False) if low_memory else (3, True)
         if self.device.type == "cuda":
             self.generator.model.compile()
 

@@ -8,6 +8,8 @@ largest finite code: 127 (int8, whose -128 stays unused to keep it symmetric), 4
 The linear layer is then  y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n, k] + b[n].
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ FLOAT32 = torch.finfo(torch.float32)
 ALIGNMENT = 16
 MIN_INT8_ROWS = 17
 
+# Values of a row that the registers of a GPU's thread block hold.
+LONGEST_GELU_ROW = 16384
+
 # Without VNNI, oneDNN's int8 product adds pairs of 16-bit partial sums that saturate: wrong, not only slow.
 CPU_HAS_INT8_DOT = torch.cpu._is_vnni_supported()
 # The largest K for which every partial sum of int8 products is an integer that float32 holds: 127² · 1040 < 2²⁴.
@@ -39,8 +44,12 @@ def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     It is at least the smallest normal float32, so a group of zeros or denormals gets codes of zero and its reciprocal
     stays finite; for an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays NaN.
     """
-    largest = min(torch.finfo(absmax.dtype).max, FLOAT32.max * (1 - FLOAT32.eps))  # room for rounding: stays finite
-    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest / QMAX[dtype])
+    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest_scale(absmax.dtype, dtype))
+
+
+def largest_scale(dtype: torch.dtype, code_dtype: torch.dtype) -> float:
+    """That of the largest finite value of `dtype`, or a little less, so that it stays finite."""
+    return min(torch.finfo(dtype).max, FLOAT32.max * (1 - FLOAT32.eps)) / QMAX[code_dtype]
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,6 +72,21 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     scale = absmax_to_scale(x.abs().amax(-1, keepdim=True), dtype)
     return quantize(x, scale, dtype), scale
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, `x` of any shape and type: (1 + tanh(u)) / 2 is the sigmoid of 2u, a third of the work."""
+    y = x.float()
+    return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
+
+
+def quantize_gelu_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token` of GELU(`x`); on a GPU, rows of up to `LONGEST_GELU_ROW` in one kernel of our own."""
+    if not x.is_cuda or kernels is None or x.shape[-1] > LONGEST_GELU_ROW:
+        return quantize_per_token(gelu(x), dtype)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    q, scale = kernels.gelu_quantize(rows, dtype, QMAX[dtype], FLOAT32.tiny, largest_scale(x.dtype, dtype))
+    return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
 def quantize_per_tensor(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
-"""The one kernel of our own: an int8 product with the scales in its epilogue, for GPUs. Needs Triton.
+"""The kernels of our own, for GPUs. They need Triton; `functional` computes the same without them.
 
-`torch._int_mm` writes its int32 result to memory, four bytes an element, for another kernel to read, scale and write
-again. Here the sums never leave the registers. `functional.linear` computes the same without it.
+An int8 product with the scales in its epilogue: `torch._int_mm` writes its int32 result to memory, four bytes an element,
+for another kernel to read, scale and write again. Here the sums never leave the registers.
+
+GELU with the quantization after it: a row of a feed-forward is thousands of values, and what `torch.compile` makes of it
+holds them in the next power of two, 16384 for Wan 1.3B's 8960. Here a row is two powers of two, 8192 and 1024.
 """
 
 import torch
@@ -61,3 +64,51 @@ def int8_scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias:
 
     wrap_triton(int8_scaled_mm_kernel)[grid](x, w, y, x_scale, w_scale, bias, m, n, k, BLOCK_K=BLOCK_K, GROUP_M=8)
     return y
+
+
+@triton.jit
+def gelu(x_ptrs, inside):
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    # The tanh form as a sigmoid; rounded as the activation would be if it were written to memory.
+    y = x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+    return y.to(x_ptrs.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def quantize(y, reciprocal, q_ptrs, inside, qmax: tl.constexpr):
+    q = y * reciprocal
+    dtype = q_ptrs.dtype.element_ty
+    if dtype == tl.int8:
+        q = (q + 12582912.0) - 12582912.0  # 1.5 * 2²³: leaves the nearest integer, to even
+    tl.store(q_ptrs, tl.clamp(q, -qmax, qmax).to(dtype), mask=inside)
+
+
+@triton.autotune([triton.Config({}, num_warps=8)], key=[])
+@triton.jit
+def gelu_quantize_kernel(
+    x_ptr, q_ptr, scale_ptr, k,
+    qmax: tl.constexpr, smallest: tl.constexpr, largest: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    a, b = gelu(x_ptr + row * k + head, head < k), gelu(x_ptr + row * k + tail, tail < k)
+    absmax = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
+    scale = tl.minimum(tl.maximum(absmax / qmax, smallest), largest)
+    # A maximum passes over NaNs; the scale is to tell of them.
+    bad = tl.maximum(tl.max((a != a).to(tl.int32), 0), tl.max((b != b).to(tl.int32), 0))
+    scale = tl.where(bad > 0, float("nan"), scale)
+    tl.store(scale_ptr + row, scale)
+    quantize(a, 1 / scale, q_ptr + row * k + head, head < k, qmax)
+    quantize(b, 1 / scale, q_ptr + row * k + tail, tail < k, qmax)
+
+
+@triton_op("dax::gelu_quantize", mutates_args={})
+def gelu_quantize(x: Tensor, dtype: torch.dtype, qmax: float, smallest: float, largest: float) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] in `dtype` and float32 scales [M, 1], between the two given, of GELU(x), x [M, K], row by row."""
+    m, k = x.shape
+    q = torch.empty((m, k), dtype=dtype, device=x.device)
+    scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
+    head = max(triton.next_power_of_2(k + 1) // 2, 1)
+    tail = triton.next_power_of_2(max(k - head, 1))
+    wrap_triton(gelu_quantize_kernel)[(m,)](x, q, scale, k, qmax, smallest, largest, HEAD=head, TAIL=tail)
+    return q, scale
