@@ -16,6 +16,10 @@ from inferix.models.checkpoints import StateDict, assign, load_pickle
 from inferix.models.vae_decoder import ClipDecoder, VAEDecoder
 
 
+FRAMES_AT_ONCE = 3
+"""Latent frames that go through the decoder together; bounds its memory, however long the piece."""
+
+
 def vae_config(state: StateDict) -> dict:
     """Read the widths off the tensors (original names): the file comes without a config."""
     try:
@@ -40,10 +44,9 @@ class WanVAE:
         self.decoder = VAEDecoder(model)
         self.model = model.eval().requires_grad_(False)
         self.model.decoder = None
-        self.frames_at_once = 3
-        """Latent frames that go through the decoder together; bounds its memory, however long the piece."""
-        self.captured = True
-        """Decode from CUDA graphs where there is a GPU: faster, but the graphs keep the memory that they work in."""
+        self.frugal = False
+        """Decode with little memory rather than fast: fewer frames at a time, and not from CUDA graphs, which keep what they
+        work in."""
         self.idle: list[ClipDecoder] = []
         """What streams that ended have left for the next: memory, and graphs that are tied to it."""
         shape = (1, 1, -1, 1, 1)
@@ -80,7 +83,7 @@ class WanVAE:
     def borrow(self, shape: tuple[int, int, int]) -> ClipDecoder:
         """A decoder for a new clip of (B, h, w), to be put back to ``idle``; those idle of another shape are dropped."""
         self.idle[:] = [decoder for decoder in self.idle if decoder.shape == shape]
-        decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape, self.captured)
+        decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape, self.frugal)
         decoder.clip.restart()
         return decoder
 
@@ -102,5 +105,5 @@ class StreamingDecoder:
             self.decoder = self.vae.borrow((latents.shape[0], *latents.shape[-2:]))
             weakref.finalize(self, self.vae.idle.append, self.decoder)
         latents = (latents.to(self.vae.std.device).float() * self.vae.std + self.vae.mean).to(self.vae.model.dtype)
-        pieces = [self.decoder(piece) for piece in latents.split(self.vae.frames_at_once, dim=1)]
+        pieces = [self.decoder(piece) for piece in latents.split(1 if self.vae.frugal else FRAMES_AT_ONCE, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -179,6 +179,7 @@ class ResidualBlock(nn.Module):
         if self.shortcut is not None:
             residual = F.linear(residual, self.shortcut, self.shortcut_bias)
         x = self.conv1(frames, clip)
+        del frames  # so that its memory serves for the next
         frames = clip.behind(self.conv2, x)
         self.norm2(x, None, frames[:, 2:])
         return self.conv2(frames, clip), residual
@@ -302,42 +303,54 @@ class VAEDecoder(nn.Module):
                 layers.append(Upsample(block.upsamplers[0], bias))
                 bias = None
         self.layers = nn.ModuleList(layers)
+        self.single = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
+        """From this layer on frames are not doubled any more."""
         self.head = Head(source.norm_out, source.conv_out, bias)
 
-    def forward(self, latents: Tensor, clip: Clip) -> Tensor:
+    def forward(self, latents: Tensor, clip: Clip, frame_by_frame: bool = False) -> Tensor:
         """Latents [B, F, 16, h, w], not normalised, to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.
 
-        The clip's first latent frame becomes one pixel frame, every other four.
+        The clip's first latent frame becomes one pixel frame, every other four; ``frame_by_frame`` these go through the
+        last layers, the ones that take the memory.
         """
         x = F.linear(latents.permute(0, 1, 3, 4, 2).to(self.post_quant.dtype), self.post_quant, self.post_quant_bias)
         frames = clip.behind(self.conv_in, x)
         frames[:, 2:] = x
         x, residual = self.conv_in(frames, clip), None
-        for layer in self.layers:
+        for layer in self.layers[: self.single]:
             x, residual = layer(x, residual, clip)
-        pixels = self.head(x, residual, clip)
+        pixels = [self.to_pixels(part, clip) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
         clip.first = False
-        return pixels
+        return pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)
+
+    def to_pixels(self, x: Tensor, clip: Clip) -> Tensor:
+        """The layers from ``single`` on: [B, t, H, W, C] to pixels."""
+        residual = None
+        for layer in self.layers[self.single :]:
+            x, residual = layer(x, residual, clip)
+        return self.head(x, residual, clip)
 
 
 class ClipDecoder:
-    """Decodes clips of one shape, one after the other; on a GPU from CUDA graphs, if they are to be ``captured``.
+    """Decodes clips of one shape, one after the other; on a GPU from CUDA graphs, unless it is to be ``frugal``.
 
     The first call of each kind runs as it is, which compiles and lets cuDNN choose its algorithms, and is then captured.
     """
 
-    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], captured: bool):
+    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], frugal: bool):
         """``shape`` is (B, h, w)."""
         self.decoder = decoder
         self.shape = shape
-        self.captured = captured
+        self.frugal = frugal
         self.clip = Clip()
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         """By number of latent frames and whether they begin the clip: the graph, its input and its output."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         """As ``VAEDecoder.forward``."""
-        if not (latents.is_cuda and self.captured):
+        if self.frugal:
+            return self.decoder(latents, self.clip, frame_by_frame=True)
+        if not latents.is_cuda:
             return self.decoder(latents, self.clip)
         kind = (latents.shape[1], self.clip.first)
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):

@@ -122,7 +122,7 @@ class CausalInferencePipeline:
 
         Weights and cache are counted; for activations it is a rule of thumb, on the safe side.
         """
-        model, item, frames = self.generator.model.config, self.dtype.itemsize, 1 if low_memory else 3
+        model, item = self.generator.model.config, self.dtype.itemsize
         batch, clip, _, height, width = self.config.image_or_video_shape
         ranks = 1 if self.parallel is None else self.parallel.world_size
         tokens = height * width // 4 // ranks
@@ -142,8 +142,9 @@ class CausalInferencePipeline:
             encoder, vae = self.text_encoder.model, self.vae.model
             parts["text encoder"] = num_bytes(encoder.encoder.block[0] if low_memory else encoder, item)
             parts["VAE"] = num_bytes(vae, item) + num_bytes(self.vae.decoder, item)
-            pixels = 4 * frames * 64 * height * width
-            parts["VAE's activations"] = 5 * batch * pixels * vae.config.base_dim * item
+            # In pixel frames of the widest layer: what its convolutions remember, and seven for each that goes through.
+            widest = 23 + 7 * (1 if low_memory else 12)
+            parts["VAE's activations"] = widest * batch * 64 * height * width * vae.config.base_dim * item
         return parts
 
     def set_kv_cache_dtype(self, name: str) -> None:
@@ -159,7 +160,7 @@ class CausalInferencePipeline:
         """Move all parts to the device.
 
         With ``low_memory`` the text encoder's weights and the cache stay in host memory, from where each layer's come
-        when it is their turn, and the VAE decodes one latent frame at a time.
+        when it is their turn, and the VAE decodes frame by frame.
         """
         self.low_memory = low_memory
         self.enable_kv_offload |= low_memory
@@ -169,7 +170,7 @@ class CausalInferencePipeline:
             self.text_encoder.to(self.device, self.dtype, block_by_block=low_memory)
         if self.vae is not None:
             self.vae.to(self.device, self.dtype)
-            self.vae.frames_at_once, self.vae.captured = (1, False) if low_memory else (3, True)
+            self.vae.frugal = low_memory
         if self.device.type == "cuda":
             self.generator.model.compile()
 
