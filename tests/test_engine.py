@@ -116,19 +116,20 @@ def test_a_rolling_cache_holds_the_sink_and_the_newest_frames(window, sink):
         torch.testing.assert_close(seen, expected)
 
 
-def test_two_halves_merge_to_the_whole():
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_merge_to_the_whole(parts):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, n, 2, 16) for n in (7, 10, 10))
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (7, 12, 12))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4
-    halves = [
-        (s.softmax(-1) @ x.transpose(1, 2), s.logsumexp(-1)) for s, x in zip(scores.split(5, -1), v.split(5, 1))
-    ]
-    out, lse = (torch.cat(parts) for parts in zip(*halves))
+    pieces = zip(scores.chunk(parts, -1), v.chunk(parts, 1))
+    results = [(s.softmax(-1) @ x.transpose(1, 2), s.logsumexp(-1)) for s, x in pieces]
+    out, lse = (torch.cat(each) for each in zip(*results))
     torch.testing.assert_close(merge(out.transpose(1, 2), lse, torch.float32), attention(q, k, v))
 
 
-def test_keys_are_halved_where_the_last_round_would_idle():
+def test_keys_are_worked_on_in_parts_where_the_last_round_would_idle():
     assert num_splits(batch=1, tokens=4680, keys=32760, heads=12, processors=132) == 2  # 3.4 rounds
+    assert num_splits(batch=1, tokens=4680, keys=32760, heads=6, processors=132) == 4  # 1.7 rounds
     assert num_splits(batch=1, tokens=11 * 128, keys=32760, heads=12, processors=132) == 1  # exactly one
     assert num_splits(batch=2, tokens=4680, keys=32760, heads=12, processors=132) == 1
     assert num_splits(batch=1, tokens=4680, keys=4681, heads=12, processors=132) == 1

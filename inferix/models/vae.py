@@ -15,7 +15,6 @@ from inferix.errors import InputError
 from inferix.models.checkpoints import StateDict, assign, load_pickle
 from inferix.models.vae_decoder import ClipDecoder, VAEDecoder
 
-
 FRAMES_AT_ONCE = 3
 """Latent frames that go through the decoder together; bounds its memory, however long the piece."""
 
