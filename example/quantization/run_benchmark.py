@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from benchmark_peers import measure_flashdreams
 from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.models.attention import attention
@@ -59,6 +60,7 @@ SETTINGS: dict[str, Setting] = {
         ("fp8-tensor", "fp8", "per_tensor", "auto"),
         ("int8-tensor", "int8", "per_tensor", "auto"),
         ("torchao-fp8", "torchao", "per_token", "auto"),
+        ("flashdreams", "flashdreams", "", ""),
     )
 }
 
@@ -217,6 +219,8 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    if setting[0] == "flashdreams":
+        return measure_flashdreams(geometry.transformer, geometry.config, device, dtype, clock, repeats)
     text = geometry.transformer
     embeds = torch.randn(1, text.text_len, text.text_dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     began = time.perf_counter()
@@ -283,7 +287,8 @@ def table(results: dict[str, dict]) -> str:
         if "error" in result:
             lines.append(f"| {name} | {result['error']} |")
         else:
-            cells = (f"{result[key]:.4f}" if key == "cosine" else f"{result[key]:.4g}" for key in COLUMNS)
+            digits = {key: ".4f" if key == "cosine" else ".4g" for key in COLUMNS}
+            cells = (format(result[key], digits[key]) if key in result else "" for key in COLUMNS)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -298,7 +303,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
     rows = {name: result for name, result in results.items() if "error" not in result}
     figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(rows) + 1.5), layout="constrained")
     for offset, key, label in ((0.2, "seven_blocks_s", "transformer, 7 blocks"), (-0.2, "end_to_end_s", "with VAE decode")):
-        bars = axes.barh([i - offset for i in range(len(rows))], [r[key] for r in rows.values()], 0.38, label=label)
+        known = {i - offset: result[key] for i, result in enumerate(rows.values()) if key in result}
+        bars = axes.barh(list(known), list(known.values()), 0.38, label=label)
         axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
@@ -311,7 +317,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--geometry", choices=GEOMETRIES, default="real" if cuda else "demo")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)[: 7 if cuda else 6])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)[: None if cuda else 6])
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--output_folder", type=Path, default=ROOT / "outputs")
     args = parser.parse_args(argv)

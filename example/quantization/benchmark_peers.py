@@ -1,0 +1,74 @@
+"""flashdreams' Wan 2.1 transformer, timed beside ours by run_benchmark.py where it is installed (pip install flashdreams)."""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from inferix.config import PipelineConfig
+from inferix.errors import InputError
+from inferix.models.transformer import TransformerConfig
+
+
+@torch.no_grad()
+def measure_flashdreams(
+    sizes: TransformerConfig, config: PipelineConfig, device: torch.device, dtype: torch.dtype, clock, repeats: int
+) -> dict:
+    """Figures of its recipe for Wan 2.1 1.3B with random weights: chunks of a block, a window of a clip.
+
+    It is compiled, and replayed from a CUDA graph once the window is full: the block at full window is one of
+    those that follow the clip. Raises ImportError where it is not installed, and InputError without a GPU, which its
+    rotary embedding needs.
+    """
+    from flashdreams.recipes.wan.transformer.impl.network import WanDiTNetwork1pt3BConfig
+    from flashdreams.recipes.wan.transformer.wan21 import Wan21Transformer, Wan21TransformerConfig
+
+    if device.type != "cuda":
+        raise InputError("flashdreams runs on a GPU alone; leave it out of --settings")
+    batch, frames, _, height, width = config.image_or_video_shape
+    network = {name: getattr(sizes, name) for name in ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len")}
+    network |= {name: getattr(sizes, name) for name in ("num_heads", "num_layers", "in_dim", "out_dim", "eps")}
+    began = time.perf_counter()
+    peer = Wan21TransformerConfig(
+        network=WanDiTNetwork1pt3BConfig(**network),
+        dtype=dtype,
+        len_t=config.num_frame_per_block,
+        window_size_t=frames,
+    )
+    model = Wan21Transformer(peer).to(device, dtype).eval()
+    text = torch.randn(batch, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
+    timesteps = [torch.full((batch,), float(t), device=device) for t in (*config.denoising_step_list, 0)]
+
+    def blocks(first: int, last: int, cache) -> list[float]:
+        """Milliseconds of each: as many forwards as ours, the last of which updates the cache."""
+        return [block(model, cache, index, timesteps, clock) for index in range(first, last)]
+
+    def new_cache():
+        return model.initialize_autoregressive_cache(height=height, width=width, text_embeddings=text)
+
+    count = frames // config.num_frame_per_block
+    blocks(0, count, new_cache())
+    cold = time.perf_counter() - began
+    runs = [blocks(0, count, cache := new_cache()) for _ in range(repeats)]
+    times = [statistics.median(each) for each in zip(*runs)]
+    blocks(count, count + 2, cache)  # warms up, and captures
+    full = statistics.median(blocks(count + 2, count + 2 + repeats, cache))
+    return {
+        "weights_gb": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e9,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "cold_start_s": cold,
+        "block_ms": times,
+        "seven_blocks_s": sum(times) / 1000,
+        "full_window_block_ms": full,
+    }
+
+
+def block(model, cache, index: int, timesteps: list[Tensor], clock) -> float:
+    latent = torch.randn(model.latent_shape, device=timesteps[0].device, dtype=model.config.dtype)
+    start = clock.now()
+    cache.start(index)
+    for timestep in timesteps:
+        model.predict_flow(latent, timestep, cache)
+    cache.finalize(index)
+    return clock.between(start, clock.now())
