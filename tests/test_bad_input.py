@@ -6,12 +6,13 @@ The runners are called in this process, which spares every case the start of a n
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, CAUSVID, SELF_FORCING, load_runner, small_config
+from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
 from PIL import Image
 
 from inferix import cli
@@ -285,3 +286,10 @@ def test_prompt_file(causvid_refused, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert name in causvid_refused(diff_prompt_file=tmp_path / name)
     assert "nowhere.txt" in causvid_refused(diff_prompt_file=tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(("setting", "package"), [("flashdreams", "flashdreams"), ("torchao-fp8", "torchao")])
+def test_a_benchmark_of_what_is_not_installed(setting, package):
+    runner = ROOT / "example/quantization/run_benchmark.py"
+    done = subprocess.run([sys.executable, runner, "--settings", setting], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{package} is not installed" in done.stderr

@@ -5,6 +5,7 @@ spread; text embeddings are given. ``--help`` lists the flags.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 from benchmark_peers import measure_flashdreams
 from inferix import cli
 from inferix.config import PipelineConfig
+from inferix.errors import InputError
 from inferix.models.attention import attention
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from inferix.models.vae import StreamingDecoder, WanVAE
@@ -63,6 +65,19 @@ SETTINGS: dict[str, Setting] = {
         ("flashdreams", "flashdreams", "", ""),
     )
 }
+
+PEERS = {"torchao-fp8": "torchao", "flashdreams": "flashdreams"}
+"""Settings of other libraries, and their packages."""
+
+
+def missing(setting: str) -> str | None:
+    """Why a setting cannot be run here; None if it can."""
+    package = PEERS.get(setting)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: pip install {package}, or leave {setting} out of --settings"
+    if package and not torch.cuda.is_available():
+        return f"{setting} is measured on a GPU alone; leave it out of --settings"
+    return None
 
 
 class RandomBase:
@@ -284,12 +299,9 @@ def table(results: dict[str, dict]) -> str:
     """The results as Markdown."""
     lines = ["| setting | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, result in results.items():
-        if "error" in result:
-            lines.append(f"| {name} | {result['error']} |")
-        else:
-            digits = {key: ".4f" if key == "cosine" else ".4g" for key in COLUMNS}
-            cells = (format(result[key], digits[key]) if key in result else "" for key in COLUMNS)
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        digits = {key: ".4f" if key == "cosine" else ".4g" for key in COLUMNS}
+        cells = (format(result[key], digits[key]) if key in result else "" for key in COLUMNS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -300,13 +312,12 @@ def plot(results: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {name: result for name, result in results.items() if "error" not in result}
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(rows) + 1.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(results) + 1.5), layout="constrained")
     for offset, key, label in ((0.2, "seven_blocks_s", "transformer, 7 blocks"), (-0.2, "end_to_end_s", "with VAE decode")):
-        known = {i - offset: result[key] for i, result in enumerate(rows.values()) if key in result}
+        known = {i - offset: result[key] for i, result in enumerate(results.values()) if key in result}
         bars = axes.barh(list(known), list(known.values()), 0.38, label=label)
         axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(results)), results)
     axes.invert_yaxis()
     axes.set_xlabel("seconds for 81 frames (less is better)")
     axes.legend()
@@ -317,10 +328,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--geometry", choices=GEOMETRIES, default="real" if cuda else "demo")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)[: None if cuda else 6])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[name for name in SETTINGS if not missing(name)])
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--output_folder", type=Path, default=ROOT / "outputs")
     args = parser.parse_args(argv)
+    if reasons := [reason for name in args.settings if (reason := missing(name))]:
+        raise InputError(reasons[0])
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
     geometry = GEOMETRIES[args.geometry]
     torch.set_grad_enabled(False)
@@ -329,10 +342,7 @@ def main(argv=None):
     vae = measure_vae(geometry, device, dtype, args.repeats)
     print(f"VAE decode of the clip: {vae['vae_decode_s']:.3f} s", flush=True)
     for name in args.settings:
-        try:
-            results[name] = measure(geometry, SETTINGS[name], device, dtype, args.repeats)
-        except ImportError as error:
-            results[name] = {"error": f"not installed: {error.name}"}
+        results[name] = measure(geometry, SETTINGS[name], device, dtype, args.repeats)
         print(name, json.dumps(results[name]), flush=True)
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{machine}, torch {torch.__version__}, {args.geometry} geometry\n\n{table(results)}")
