@@ -2,10 +2,12 @@
 
 import statistics
 import time
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.models.transformer import TransformerConfig
 
@@ -23,11 +25,9 @@ def measure_flashdreams(
     from flashdreams.recipes.wan.transformer.wan21 import Wan21Transformer, Wan21TransformerConfig
 
     batch, frames, _, height, width = config.image_or_video_shape
-    network = {name: getattr(sizes, name) for name in ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len")}
-    network |= {name: getattr(sizes, name) for name in ("num_heads", "num_layers", "in_dim", "out_dim", "eps")}
     began = time.perf_counter()
     peer = Wan21TransformerConfig(
-        network=WanDiTNetwork1pt3BConfig(**network),
+        network=WanDiTNetwork1pt3BConfig(**asdict(sizes)),  # whose fields have the same names
         dtype=dtype,
         len_t=config.num_frame_per_block,
         window_size_t=frames,
@@ -51,7 +51,7 @@ def measure_flashdreams(
     blocks(count, count + 2, cache)  # warms up, and captures
     full = statistics.median(blocks(count + 2, count + 2 + repeats, cache))
     return {
-        "weights_gb": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e9,
+        "weights_gb": cli.weight_bytes(model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cold_start_s": cold,
         "block_ms": times,

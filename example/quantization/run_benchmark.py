@@ -66,16 +66,18 @@ SETTINGS: dict[str, Setting] = {
     )
 }
 
-PEERS = {"torchao-fp8": "torchao", "flashdreams": "flashdreams"}
-"""Settings of other libraries, and their packages."""
+PEERS = ("torchao", "flashdreams")
+"""What quantizes, or is, another library's: the names of their packages."""
 
 
 def missing(setting: str) -> str | None:
     """Why a setting cannot be run here; None if it can."""
-    package = PEERS.get(setting)
-    if package and importlib.util.find_spec(package) is None:
+    _, package, *_ = SETTINGS[setting]
+    if package not in PEERS:
+        return None
+    if importlib.util.find_spec(package) is None:
         return f"{package} is not installed: pip install {package}, or leave {setting} out of --settings"
-    if package and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return f"{setting} is measured on a GPU alone; leave it out of --settings"
     return None
 
@@ -144,10 +146,6 @@ def quantize_with_torchao(transformer) -> None:
         return isinstance(module, torch.nn.Linear) and not name.startswith(("condition_embedder", "proj_out"))
 
     quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
-
-
-def weight_gigabytes(module: torch.nn.Module) -> float:
-    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()]) / 1e9
 
 
 @torch.no_grad()
@@ -250,7 +248,7 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
     frames = 4 * (geometry.config.image_or_video_shape[1] - 1) + 1
     total = statistics.median(run["clip_ms"] for run in whole)
     result = {
-        "weights_gb": weight_gigabytes(pipeline.generator.model),
+        "weights_gb": cli.weight_bytes(pipeline.generator.model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan"),
         "cold_start_s": cold,
         "block_ms": blocks,
@@ -299,8 +297,7 @@ def table(results: dict[str, dict]) -> str:
     """The results as Markdown."""
     lines = ["| setting | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, result in results.items():
-        digits = {key: ".4f" if key == "cosine" else ".4g" for key in COLUMNS}
-        cells = (format(result[key], digits[key]) if key in result else "" for key in COLUMNS)
+        cells = (format(result[key], ".4f" if key == "cosine" else ".4g") if key in result else "" for key in COLUMNS)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -332,8 +329,9 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--output_folder", type=Path, default=ROOT / "outputs")
     args = parser.parse_args(argv)
-    if reasons := [reason for name in args.settings if (reason := missing(name))]:
-        raise InputError(reasons[0])
+    for name in args.settings:
+        if reason := missing(name):
+            raise InputError(reason)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
     geometry = GEOMETRIES[args.geometry]
     torch.set_grad_enabled(False)

@@ -31,7 +31,7 @@ from inferix import cli
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.vae import StreamingDecoder
 from inferix.pipelines.inference import CausalInferencePipeline
-from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip, weight_gigabytes
+from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip
 from run_self_forcing_quantized import quantize_transformer
 
 SAMPLERS = {
@@ -156,7 +156,7 @@ def measure(pipeline: CausalInferencePipeline, device_peak: int, repeats: int) -
     cache, encoder, vae = pipeline.cache, pipeline.text_encoder.model, pipeline.vae
     stored = [cache.keys, cache.values] if hasattr(cache, "keys") else [*cache.windows, *cache.resident.values()]
     parts = {
-        "transformer": weight_gigabytes(pipeline.generator.model),
+        "transformer": cli.weight_bytes(pipeline.generator.model) / 1e9,
         "text encoder": on_device([*encoder.parameters(), *encoder.buffers()], device),
         "cache": on_device(stored, device),
         "VAE": on_device([*vae.model.parameters(), *vae.decoder.parameters()], device),

@@ -73,14 +73,16 @@ def split_attention(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, out_dtype
 
 
 def merge(out: Tensor, lse: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Results [P, T, H, d] over P parts of the keys, and their log-sum-exps [P, H, T], to the whole's [1, T, H*d].
+    """Results over P parts of the keys, and their log-sum-exps, to the whole's [B, T, H*d].
 
-    Without ``lse`` they are one whole [B, T, H, d].
+    ``out`` is [P, B, T, H, d] and ``lse`` [P, B, H, T], or both without B, which then is 1. Without ``lse`` ``out`` is one
+    whole [B, T, H, d].
     """
     whole = out.float() / (OUTPUT_SCALE if out.dtype == FP8 else 1)
     if lse is not None:
-        weights = (lse - lse.amax(0)).exp().transpose(1, 2)[..., None]
-        whole = (sum(part * weight for part, weight in zip(whole, weights)) / sum(weights))[None]
+        weights = (lse - lse.amax(0)).exp().transpose(-1, -2)[..., None]
+        whole = sum(part * weight for part, weight in zip(whole, weights)) / sum(weights)
+        whole = whole.reshape(-1, *whole.shape[-3:])
     return whole.flatten(2).to(out_dtype)
 
 
@@ -190,14 +192,4 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) 
 
 def merge_parts(out: Tensor, lse: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Results [R, B, T, H, d] over R parts of the keys, and their log-sum-exps [R, B, H, T], to the whole's [B, T, H*d]."""
-    return (compiled_weighted_sum() if out.is_cuda else weighted_sum)(out, lse, out_dtype)
-
-
-def weighted_sum(out: Tensor, lse: Tensor, out_dtype: torch.dtype) -> Tensor:
-    weight = lse.softmax(0).transpose(2, 3)[..., None]
-    return (out.float() * weight).sum(0).flatten(2).to(out_dtype)
-
-
-@cache
-def compiled_weighted_sum() -> Callable:
-    return torch.compile(weighted_sum, dynamic=False)
+    return (compiled_merge() if out.is_cuda else merge)(out, lse, out_dtype)

@@ -132,7 +132,10 @@ class KVCache:
         return tuple(tensor[:, : self.valid_frames].flatten(1, 2) for tensor in stored)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Let q [B, T, H, d] see all keys and values stored, those of the placed frames included: [B, T, H*d]."""
+        """Let q [B, T, H, d] see all keys and values stored, those of the placed frames included: [B, T, H*d].
+
+        With ``parallel``, of all ranks together, the last dimension comes in two: [B, T, U, H/U*d].
+        """
         if self.parallel is not None:
             return self.attend_together(layer, q)
         attended = cache_attention(q, *self.seen(layer), self.compute_dtype)
@@ -140,7 +143,7 @@ class KVCache:
         return attended
 
     def attend_together(self, layer: int, q: Tensor) -> Tensor:
-        """``attend`` of all ranks, each with the queries of its own tokens: [B, T, U, H/U*d]."""
+        """``attend`` of all ranks, each with the queries of its own tokens."""
         parallel, frames = self.parallel, len(self.slots)
         self.sent[:, 0].copy_(q.unflatten(2, (parallel.ulysses_size, -1)).permute(2, 0, 1, 3, 4))
         q, *fresh = parallel.tokens_for_heads(self.sent).unbind(1)  # each [U, B, T, H/U, d], by whose tokens they are

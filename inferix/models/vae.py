@@ -80,8 +80,8 @@ class WanVAE:
         return StreamingDecoder(self)(latents)
 
     def borrow(self, shape: tuple[int, int, int]) -> ClipDecoder:
-        """A decoder for a new clip of (B, h, w), to be put back to ``idle``; those idle of another shape are dropped."""
-        self.idle[:] = [decoder for decoder in self.idle if decoder.shape == shape]
+        """A decoder for a new clip of (B, h, w), to be put back to ``idle``; those idle of another kind are dropped."""
+        self.idle[:] = [decoder for decoder in self.idle if (decoder.shape, decoder.frugal) == (shape, self.frugal)]
         decoder = self.idle.pop() if self.idle else ClipDecoder(self.decoder, shape, self.frugal)
         decoder.clip.restart()
         return decoder

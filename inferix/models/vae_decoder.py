@@ -319,11 +319,11 @@ class VAEDecoder(nn.Module):
         x, residual = self.conv_in(frames, clip), None
         for layer in self.layers[: self.single]:
             x, residual = layer(x, residual, clip)
-        pixels = [self.to_pixels(part, clip) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
+        pixels = [self.finish(part, clip) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
         clip.first = False
         return pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)
 
-    def to_pixels(self, x: Tensor, clip: Clip) -> Tensor:
+    def finish(self, x: Tensor, clip: Clip) -> Tensor:
         """The layers from ``single`` on: [B, t, H, W, C] to pixels."""
         residual = None
         for layer in self.layers[self.single :]:

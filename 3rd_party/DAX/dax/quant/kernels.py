@@ -108,7 +108,7 @@ def gelu_quantize(x: Tensor, dtype: torch.dtype, qmax: float, smallest: float, l
     m, k = x.shape
     q = torch.empty((m, k), dtype=dtype, device=x.device)
     scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
-    head = max(triton.next_power_of_2(k + 1) // 2, 1)
+    head = triton.next_power_of_2(k + 1) // 2  # the largest that k holds
     tail = triton.next_power_of_2(max(k - head, 1))
     wrap_triton(gelu_quantize_kernel)[(m,)](x, q, scale, k, qmax, smallest, largest, HEAD=head, TAIL=tail)
     return q, scale
