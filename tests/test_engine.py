@@ -107,9 +107,10 @@ def test_a_rolling_cache_holds_the_sink_and_the_newest_frames(window, sink):
     q = torch.randn(1, 3 * TOKENS, 2, 48)
     for start in range(0, 15, 3):
         cache.place(start, 3)
-        for room, given in zip(cache.room(1), (keys, values)):
-            room.copy_(given[:, start : start + 3].flatten(1, 2))
-        seen = cache.attend(1, q)
+        placed = (tensor[:, start : start + 3].flatten(1, 2) for tensor in (keys, values))
+        for room, given in zip(cache.room(0), (q, *placed)):
+            room.copy_(given)
+        seen = cache.attend(0)
         end = start + 3
         kept = [*range(sink), *range(max(sink, end - (window - sink)), end)]
         expected = attention(q, keys[:, kept].flatten(1, 2), values[:, kept].flatten(1, 2))

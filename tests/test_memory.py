@@ -1,5 +1,6 @@
 """Less memory, the same video: the cache in host memory, the text encoder block by block, videos longer than a clip."""
 
+import os
 import re
 import subprocess
 import sys
@@ -112,16 +113,20 @@ def peak_bytes(process: subprocess.Popen) -> int:
     ],
 )
 def test_memory_does_not_grow_with_the_length(tmp_path, runner, flags):
-    """Of a real process, from a fifth of the video on; the frames that follow are 28 MB."""
+    """Of a real process, from a fifth of the video on; the frames that follow are 28 MB.
+
+    glibc gives every tensor's memory back at once here; what it keeps otherwise is 17 MB in one run, nothing in the next.
+    """
     kind = {"self_forcing": "self_forcing_dmd", "causvid": "causvid"}[runner]
     flags = [*flags, f"--config_path={small_config(f'{runner}/configs/{kind}', tmp_path)}"]
     flags += [f"--wan_base_model_path={BASE}", f"--output_folder={tmp_path}"]
     command = [sys.executable, str(ROOT / f"example/quantization/run_{runner}_quantized.py"), *flags]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env) as process:
         shown, first, last = b"", 0, 0
         while chunk := process.stderr.read1():
             shown += chunk
             last = peak_bytes(process) or last
             first = first or (last if re.search(rb" ([89]|[1-3]\d)/40 ", shown) else 0)
     assert process.returncode == 0, shown
-    assert first and last - first < 12e6
+    assert first and last - first < 3e6

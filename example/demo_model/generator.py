@@ -69,14 +69,14 @@ class TeacherForcing:
         self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
 
     def room(self, layer: int) -> list[Tensor]:
-        """Where this layer's keys and values [B, T, H, d] are written to: new memory, since gradients flow through."""
+        """Where this layer's queries, keys and values [B, T, H, d] go: new memory, since gradients flow through."""
         batch, _, heads, head_dim = self.text[layer][0].shape
         device, shape = self.text[layer][0].device, (batch, 2 * self.blocks[-1][1], heads, head_dim)
-        self.new = [torch.empty(shape, device=device, dtype=attention_dtype(device)) for _ in range(2)]
+        self.new = [torch.empty(shape, device=device, dtype=attention_dtype(device)) for _ in range(3)]
         return self.new
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, dim=1) for x in (q, *self.new))
+    def attend(self, layer: int) -> Tensor:
+        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, dim=1) for x in self.new)
         clean = [attention(clean_q[:, s:e], clean_k[:, :e], clean_v[:, :e]) for s, e in self.blocks]
         noisy = [
             attention(

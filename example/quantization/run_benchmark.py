@@ -201,13 +201,13 @@ class PlainCache:
         self.cache, self.text, self.past = cache, text, cache.slots[0]
 
     def room(self, layer: int) -> list[Tensor]:
-        self.new = [torch.empty_like(room, dtype=torch.float32) for room in self.cache.room(layer)]
-        return self.new
+        self.q, *self.new = new = [torch.empty_like(room, dtype=torch.float32) for room in self.cache.room(layer)]
+        return new
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def attend(self, layer: int) -> Tensor:
         stored = (self.cache.keys[layer], self.cache.values[layer])
         past = [tensor[:, : self.past].flatten(1, 2).float() for tensor in stored]
-        return attention(q, *(torch.cat(pair, dim=1) for pair in zip(past, self.new)))
+        return attention(self.q, *(torch.cat(pair, dim=1) for pair in zip(past, self.new)))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What the causal transformer remembers of the frames before."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import groupby, product
 
 import torch
@@ -54,9 +56,6 @@ class KVCache:
             heads = config.num_heads // parallel.ulysses_size
             stored = (batch, self.num_frames, tokens // parallel.ring_size, heads, config.head_dim)
         self.loose: list[Tensor] = []
-        self.sent: Tensor | None = None
-        """With ``parallel``: queries, keys and values of the placed frames for this rank's tokens, before heads are
-        exchanged: [U, 3, B, T, H/U, d], by who gets them."""
         self.text: list[tuple[Tensor, Tensor]] = []
         """Every layer's cross-attention keys and values [B, L, H, d]."""
         self.allocate(config.num_layers, stored)
@@ -96,20 +95,23 @@ class KVCache:
         self.slots = [self.slot(start_frame + i) for i in range(num_frames)]
         self.valid_frames = min(start_frame + num_frames, self.num_frames)
 
-    def room(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Where the keys and the values [B, T, H, d] of the placed frames are to be written.
+    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the queries, the keys and the values [B, T, H, d] of the placed frames are to be written.
 
         With ``parallel``, T counts this rank's own tokens, they lie in the same place for every layer, and H comes in two:
         the Ulysses group's ranks, and the heads of each.
         """
-        if self.parallel is None:
-            return self.slots_of(layer)
         batch, _, tokens = self.shape
-        own, ranks = len(self.slots) * tokens // self.parallel.world_size, self.parallel.ulysses_size
-        shape = (ranks, 3, batch, own, self.heads[0] // ranks, self.heads[1])
-        if self.sent is None or self.sent.shape != shape:
-            self.sent = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return tuple(self.sent[:, i].permute(1, 2, 0, 3, 4) for i in (1, 2))
+        heads, head_dim = self.heads
+        new = partial(torch.empty, device=self.device, dtype=self.dtype)
+        if self.parallel is None:
+            if layer == 0:  # by each forward: a CUDA graph keeps what was made while it was captured
+                self.queries = new(batch, len(self.slots) * tokens, heads, head_dim)
+            return self.queries, *self.slots_of(layer)
+        if layer == 0:
+            own, ranks = len(self.slots) * tokens // self.parallel.world_size, self.parallel.ulysses_size
+            self.sent = new(ranks, 3, batch, own, heads // ranks, head_dim)  # by who gets them
+        return tuple(self.sent.permute(1, 2, 3, 0, 4, 5))
 
     def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and the values of the placed frames [B, T, H, d], to be written."""
@@ -131,34 +133,49 @@ class KVCache:
         self.ready(layer)
         return tuple(tensor[:, : self.valid_frames].flatten(1, 2) for tensor in stored)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Let q [B, T, H, d] see all keys and values stored, those of the placed frames included: [B, T, H*d].
+    def attend(self, layer: int) -> Tensor:
+        """Let the queries in ``room`` see all keys and values stored, those of the placed frames included: [B, T, H*d].
 
         With ``parallel``, of all ranks together, the last dimension comes in two: [B, T, U, H/U*d].
         """
         if self.parallel is not None:
-            return self.attend_together(layer, q)
-        attended = cache_attention(q, *self.seen(layer), self.compute_dtype)
+            return self.attend_together(layer)
+        attended = cache_attention(self.queries, *self.seen(layer), self.compute_dtype)
         self.done(layer)
         return attended
 
-    def attend_together(self, layer: int, q: Tensor) -> Tensor:
+    def attend_together(self, layer: int) -> Tensor:
         """``attend`` of all ranks, each with the queries of its own tokens."""
-        parallel, frames = self.parallel, len(self.slots)
-        self.sent[:, 0].copy_(q.unflatten(2, (parallel.ulysses_size, -1)).permute(2, 0, 1, 3, 4))
-        q, *fresh = parallel.tokens_for_heads(self.sent).unbind(1)  # each [U, B, T, H/U, d], by whose tokens they are
-        for slots, new in zip(self.slots_of(layer), fresh):  # a frame's tokens come together, whoever had them
-            frame_by_frame = new.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4, 5)
-            slots.view(frame_by_frame.shape).copy_(frame_by_frame)
-        q = q.transpose(0, 1).flatten(1, 2)
+        parallel = self.parallel
+        received = parallel.tokens_for_heads(self.sent)
+        q = (compiled_arrange() if received.is_cuda else arrange)(received, *self.slots_of(layer), len(self.slots))
         keys, values = self.seen(layer)
         if parallel.ring_size == 1:
             attended = cache_attention(q, keys, values, self.compute_dtype)
         else:
-            partial = attention_with_lse(parallel.visiting(q), keys, values, self.compute_dtype)
-            attended = merge_parts(*parallel.returned(*partial), self.compute_dtype)
+            visited = attention_with_lse(parallel.visiting(q), keys, values, self.compute_dtype)
+            attended = merge_parts(*parallel.returned(*visited), self.compute_dtype)
         self.done(layer)
         return parallel.heads_for_tokens(attended)
+
+
+def arrange(received: Tensor, keys: Tensor, values: Tensor, frames: int) -> Tensor:
+    """Sort what ranks sent of their tokens, [U, 3, B, T, H, d]: queries, keys and values.
+
+    ``keys`` and ``values`` [B, U*T, H, d] are written, a frame's tokens together, whoever had them; the queries
+    [B, U*T, H, d] are returned, by owner.
+    """
+    q, *fresh = received.unbind(1)
+    sources = [q.transpose(0, 1), *(new.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4, 5) for new in fresh)]
+    queries = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    targets = [target.view(source.shape) for target, source in zip((queries, keys, values), sources)]
+    torch._foreach_copy_(targets, sources)  # compiled, it is one kernel; three copies would stay three
+    return queries
+
+
+@cache
+def compiled_arrange() -> Callable:
+    return torch.compile(arrange, dynamic=False)
 
 
 class OffloadedKVCache(KVCache):
@@ -194,7 +211,7 @@ class OffloadedKVCache(KVCache):
         """Where on the device the keys and values [2, B, F, S, H, d] of an offloaded layer are while it is worked on."""
         return self.windows[self.order.index(layer) % 2]
 
-    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         if layer == 0:
             for first in self.order[:2]:
                 self.fetch(first)

@@ -283,17 +283,13 @@ class TransformerBlock(nn.Module):
         """The six shifts, scales and gates, each [B, F or 1, 1, D], for time [B, F or 1, 6, D]."""
         return (self.scale_shift_table + time).float().split(1, dim=2)
 
-    def before_attention(
-        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """x [B, F, S, D] to rotated queries [B, F*S, H, d]; rotated keys, and values, are written to ``room``."""
+    def before_attention(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, ...]) -> None:
+        """Of x [B, F, S, D], write rotated queries, rotated keys, and values, each [B, F*S, H, d], to ``room``."""
         shift, scale, *_ = self.modulation(time)
         hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
         query, key, value = self.attn1.query_key_value(hidden)
-        keys, values = room
-        keys.copy_(saturating_cast(apply_rope(key, rope), keys.dtype).view(keys.shape))
-        values.copy_(saturating_cast(value, values.dtype).view(values.shape))
-        return saturating_cast(apply_rope(query, rope), keys.dtype)
+        for place, tensor in zip(room, (apply_rope(query, rope), apply_rope(key, rope), value)):
+            place.copy_(saturating_cast(tensor, place.dtype).view(place.shape))
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """What follows self-attention: x [B, F, S, D] and its result [B, F*S, ..., D] to the block's output [B, F, S, D]."""
@@ -349,36 +345,37 @@ class CausalWanTransformer(nn.Module):
             latents: noisy latents [B, F, C, h, w]; h and w are even.
             timestep: [B, F], in [0, 1000], or [B, 1] where it is the same for all frames.
             rope: what ``self.rope`` gives for these frames.
-            cache: has ``text``, what ``self.embed_text`` gives; ``room(layer)``, two tensors [B, F*S, H, d] that the
-                block's keys and values are written to; and ``attend(layer, q)``, which returns the self-attention's
-                result [B, F*S, D] for queries [B, F*S, H, d] of the room's dtype. H and D may come in two dimensions.
-                See ``KVCache``.
+            cache: has ``text``, what ``self.embed_text`` gives; ``room(layer)``, three tensors [B, F*S, H, d] that the
+                block's queries, keys and values are written to; and ``attend(layer)``, which then returns the
+                self-attention's result [B, F*S, D]. H and D may come in two dimensions. See ``KVCache``.
 
         Returns:
             The flow [B, F, C, h, w] in the dtype of ``latents``.
         """
-        x, query, embedding, time = self.enter(latents, timestep, rope, cache.room(0))
+        x, embedding, time = self.enter(latents, timestep, rope, cache.room(0))
         for layer, (block, following) in enumerate(pairwise(self.blocks)):
-            attended = cache.attend(layer, query)
-            x, query = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.room(layer + 1))
+            attended = cache.attend(layer)
+            x = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.room(layer + 1))
         last = len(self.blocks) - 1
-        tokens = self.leave(x, cache.attend(last, query), embedding, time, cache.text[last])
+        tokens = self.leave(x, cache.attend(last), embedding, time, cache.text[last])
         return self.unpatch(tokens if self.parallel is None else self.parallel.whole(tokens), latents)
 
     # All that is not self-attention is in these three. They depend on nothing that changes from block to block of the
     # video, so that what ``compile`` makes of each serves every layer and every block.
 
-    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, Tensor]):
+    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, ...]):
         """All before the first self-attention."""
         embedding, time = self.condition_embedder.embed_time(timestep)
         x = self.embed_patches(latents)
-        return x, self.blocks[0].before_attention(x, time, rope, room), embedding, time
+        self.blocks[0].before_attention(x, time, rope, room)
+        return x, embedding, time
 
     @staticmethod
-    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, room):
+    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, room) -> Tensor:
         """From one block's self-attention to the next one's."""
         x = block.after_attention(x, attended, time, text)
-        return x, following.before_attention(x, time, rope, room)
+        following.before_attention(x, time, rope, room)
+        return x
 
     def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text) -> Tensor:
         """All after the last self-attention."""
