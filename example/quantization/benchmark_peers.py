@@ -1,15 +1,43 @@
-"""flashdreams' Wan 2.1 transformer, timed beside ours by run_benchmark.py where it is installed (pip install flashdreams)."""
+"""What run_benchmark.py times beside ours where it is installed: torchao's fp8 on our model, flashdreams' own transformer."""
 
 import statistics
 import time
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.models.transformer import TransformerConfig
+
+
+def quantize_with_torchao(transformer: nn.Module) -> None:
+    """The layers that we quantize, fp8 by row; the compiler's settings stay as they are for everything else."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    def wanted(module, name):
+        return isinstance(module, nn.Linear) and not name.startswith(("condition_embedder", "proj_out"))
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(transformer, config, filter_fn=wanted)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; of torchao's tensors, which give out another dtype, those of what they hold."""
+
+    def size(tensor: Tensor) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.nbytes
+
+    return sum(size(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def block_figures(times: list[list[float]]) -> dict:
+    """Of the milliseconds of each block, run by run: medians, the fastest and the slowest, and all blocks' sum."""
+    medians = [statistics.median(runs) for runs in times]
+    spread = [[min(runs), max(runs)] for runs in times]
+    return {"block_ms": medians, "block_spread_ms": spread, "seven_blocks_s": sum(medians) / 1000}
 
 
 @torch.no_grad()
@@ -47,15 +75,13 @@ def measure_flashdreams(
     blocks(0, count, new_cache())
     cold = time.perf_counter() - began
     runs = [blocks(0, count, cache := new_cache()) for _ in range(repeats)]
-    times = [statistics.median(each) for each in zip(*runs)]
     blocks(count, count + 2, cache)  # warms up, and captures
     full = statistics.median(blocks(count + 2, count + 2 + repeats, cache))
     return {
-        "weights_gb": cli.weight_bytes(model) / 1e9,
+        "weights_gb": stored_bytes(model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cold_start_s": cold,
-        "block_ms": times,
-        "seven_blocks_s": sum(times) / 1000,
+        **block_figures(list(zip(*runs))),
         "full_window_block_ms": full,
     }
 

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from benchmark_peers import measure_flashdreams
+from benchmark_peers import block_figures, measure_flashdreams, quantize_with_torchao, stored_bytes
 from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.errors import InputError
@@ -138,16 +138,6 @@ def build(geometry: Geometry, setting: Setting, device: torch.device, dtype: tor
     return pipeline
 
 
-def quantize_with_torchao(transformer) -> None:
-    """The same layers, fp8 by row, by the library the field uses."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    def wanted(module, name):
-        return isinstance(module, torch.nn.Linear) and not name.startswith(("condition_embedder", "proj_out"))
-
-    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
-
-
 @torch.no_grad()
 def denoise_clip(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, decode: bool) -> dict[str, float]:
     """Milliseconds of one clip and, where it is decoded too, those to its first frames."""
@@ -163,8 +153,8 @@ def denoise_clip(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock
 
 
 @torch.no_grad()
-def forward_ms(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, repeats: int) -> list[float]:
-    """Milliseconds of one block, four denoising steps and a cache update, at each place in the window."""
+def time_blocks(pipeline: CausalInferencePipeline, clock: Clock, repeats: int) -> list[list[float]]:
+    """Milliseconds of one block, four denoising steps and a cache update, at each place in the window, run by run."""
     batch, frames, channels, height, width = pipeline.config.image_or_video_shape
     size = pipeline.config.num_frame_per_block
     pipeline.generator.prepare()
@@ -179,7 +169,7 @@ def forward_ms(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, 
             x0 = pipeline.denoise_block(noise, rope, cache, None)
             pipeline.generator.flow(x0, pipeline.config.context_noise, rope, cache)
 
-        times.append(statistics.median(repeat(block, clock, repeats)))
+        times.append(repeat(block, clock, repeats))
     return times
 
 
@@ -243,17 +233,16 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
         torch.cuda.synchronize()
     cold = time.perf_counter() - began
     clips = [denoise_clip(pipeline, embeds, clock, decode=False)["clip_ms"] for _ in range(repeats)]
-    blocks = forward_ms(pipeline, embeds, clock, repeats)
+    blocks = time_blocks(pipeline, clock, repeats)
     whole = [denoise_clip(pipeline, embeds, clock, decode=True) for _ in range(repeats)]
     frames = 4 * (geometry.config.image_or_video_shape[1] - 1) + 1
     total = statistics.median(run["clip_ms"] for run in whole)
     result = {
-        "weights_gb": cli.weight_bytes(pipeline.generator.model) / 1e9,
+        "weights_gb": stored_bytes(pipeline.generator.model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan"),
         "cold_start_s": cold,
-        "block_ms": blocks,
-        "seven_blocks_s": sum(blocks) / 1000,
-        "full_window_block_ms": blocks[-1],
+        **block_figures(blocks),
+        "full_window_block_ms": statistics.median(blocks[-1]),
         "clip_s": statistics.median(clips) / 1000,
         "clip_spread_s": [min(clips) / 1000, max(clips) / 1000],
         "first_frames_ms": statistics.median(run["first_frames_ms"] for run in whole),
@@ -293,13 +282,22 @@ COLUMNS = {
 }
 
 
-def table(results: dict[str, dict]) -> str:
-    """The results as Markdown."""
-    lines = ["| setting | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+def table(columns: list[str], rows: dict[str, list[str]]) -> str:
+    """As Markdown."""
+    lines = [["setting", *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables(results: dict[str, dict]) -> str:
+    """All figures; then the milliseconds of each block, and those of its fastest and slowest run."""
+    figures, blocks = {}, {}
     for name, result in results.items():
-        cells = (format(result[key], ".4f" if key == "cosine" else ".4g") if key in result else "" for key in COLUMNS)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        formats = {key: ".4f" if key == "cosine" else ".4g" for key in COLUMNS}
+        figures[name] = [format(result[key], formats[key]) if key in result else "" for key in COLUMNS]
+        spreads = zip(result["block_ms"], result["block_spread_ms"])
+        blocks[name] = [f"{median:.1f} ({low:.1f}–{high:.1f})" for median, (low, high) in spreads]
+    columns = [f"block {i} ms" for i in range(len(next(iter(blocks.values()))))]
+    return table(list(COLUMNS.values()), figures) + "\n\n" + table(columns, blocks)
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
@@ -343,7 +341,7 @@ def main(argv=None):
         results[name] = measure(geometry, SETTINGS[name], device, dtype, args.repeats)
         print(name, json.dumps(results[name]), flush=True)
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{machine}, torch {torch.__version__}, {args.geometry} geometry\n\n{table(results)}")
+    print(f"\n{machine}, torch {torch.__version__}, {args.geometry} geometry\n\n{tables(results)}")
     args.output_folder.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine, "torch": torch.__version__, "geometry": args.geometry, "vae": vae, "settings": results}
     (args.output_folder / "benchmark.json").write_text(json.dumps(report, indent=1))

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import torch
@@ -179,11 +179,12 @@ def fuse_linears(linears: list[nn.Module]) -> nn.Module:
     """
     if hasattr(type(linears[0]), "fuse"):
         return type(linears[0]).fuse(linears)
-    widths = [linear.out_features for linear in linears]
+    ends = list(accumulate(linear.out_features for linear in linears))
     weight, bias = (torch.cat([getattr(linear, name).data for linear in linears]) for name in ("weight", "bias"))
-    for linear, rows, values in zip(linears, weight.split(widths), bias.split(widths)):
-        linear.weight.data, linear.bias.data = rows, values
-    fused = nn.Linear(linears[0].in_features, sum(widths), device="meta").requires_grad_(False)
+    for linear, end in zip(linears, ends):
+        rows = slice(end - linear.out_features, end)
+        linear.weight.data, linear.bias.data = weight[rows], bias[rows]
+    fused = nn.Linear(linears[0].in_features, ends[-1], device="meta").requires_grad_(False)
     fused.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return fused.requires_grad_(False)
 
