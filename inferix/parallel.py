@@ -17,6 +17,7 @@ Rank 0 leads: it has the text encoder, the VAE and whoever watches, and tells th
 import atexit
 from contextlib import suppress
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 
 
 PATIENCE = timedelta(days=365)
 """How long a rank waits for the next clip. Who leads may wait for a person; that it died is noticed at once all the same."""
+
+GRAPHS: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+"""CUDA graphs in which ranks communicate. NCCL waits until they are gone before it ends."""
 
 
 def check_sizes(config: ParallelConfig, num_heads: int, tokens_per_frame: int) -> None:
@@ -152,6 +156,8 @@ class SequenceParallel:
 
 def leave_the_job() -> None:
     """End the threads of the process groups before the interpreter takes apart what they use."""
+    for graph in GRAPHS:
+        graph.reset()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,10 +14,12 @@ m, n, k = {shape}
 x, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
 x_scale, w_scale = torch.rand(m, 1), torch.rand(n, 1)
 bias = torch.randn(n, dtype=torch.bfloat16)
-got = functional.scaled_int8_mm(x, x_scale, w, w_scale, bias)
-plain = functional.linear(x, x_scale, w, w_scale, bias, torch.bfloat16)
-assert got.dtype == plain.dtype == torch.bfloat16 and got.shape == plain.shape == (m, n)
-torch.testing.assert_close(got, plain, rtol=2**-7, atol=0.01)  # one rounding to bfloat16
+for x_rows, w_rows in ((m, n), (m, 1), (1, n), (1, 1)):  # scales per token and channel, and per tensor
+    scales = x_scale[:x_rows].clone(), w_scale[:w_rows].clone()
+    got = functional.scaled_int8_mm(x, scales[0], w, scales[1], bias)
+    plain = functional.linear(x, scales[0], w, scales[1], bias, torch.bfloat16)
+    assert got.dtype == plain.dtype == torch.bfloat16 and got.shape == plain.shape == (m, n)
+    torch.testing.assert_close(got, plain, rtol=2**-7, atol=0.01)  # one rounding to bfloat16
 assert torch.equal(kernels.int8_scaled_mm(x, w, x_scale[:, 0] * 0, w_scale[:, 0], bias), bias.expand(m, n))
 print("equal")
 """

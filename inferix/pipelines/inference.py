@@ -14,7 +14,7 @@ from inferix.models.attention import FP8
 from inferix.models.base_model import BaseModel
 from inferix.models.kv_cache import KVCache, OffloadedKVCache
 from inferix.models.transformer import CausalWanTransformer, places
-from inferix.parallel import SequenceParallel, check_sizes
+from inferix.parallel import GRAPHS, SequenceParallel, check_sizes
 from inferix.scheduler import FlowMatchScheduler
 
 
@@ -81,6 +81,8 @@ class CapturedForward:
         # What other threads do, such as NCCL's watchdog, is none of the capture's business.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = model(latents, timesteps, tuple(rope), cache)
+        if model.parallel is not None:
+            GRAPHS.add(self.graph)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for static, tensor in zip(self.inputs, inputs):

@@ -191,8 +191,8 @@ def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: 
 
 def scaled_int8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` in one product, as `scaled_fp8_mm`, by the kernel of our own; K is a multiple of `kernels.BLOCK_K`."""
-    x_scale = x_scale.expand(x.shape[0], 1).reshape(-1)
-    w_scale = w_scale.expand(w.shape[0], 1).reshape(-1)
+    x_scale = x_scale.expand(x.shape[0], 1).contiguous().view(-1)  # the kernel reads one scale a row, side by side
+    w_scale = w_scale.expand(w.shape[0], 1).contiguous().view(-1)
     bias = x_scale.new_zeros(w.shape[0], dtype=torch.bfloat16) if bias is None else bias.to(torch.bfloat16)
     return kernels.int8_scaled_mm(x, w, x_scale, w_scale, bias)
 
