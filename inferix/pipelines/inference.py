@@ -55,7 +55,7 @@ class WanDiffusionWrapper:
         key = (id(cache), *cache.slots, cache.valid_frames, latents.shape)
         if key not in self.graphs:
             if not self.graphs and (self.model.parallel is None or self.model.parallel.leads):
-                tqdm.write("compiling for this GPU: 10 to 20 s, less where it was done before", file=sys.stderr)
+                tqdm.write("compiling for this GPU: 10 to 40 s, less where it was done before", file=sys.stderr)
             self.graphs[key] = CapturedForward(self.model, latents, timesteps, rope, cache, self.pool)
         return self.graphs[key](latents, timesteps, *rope)
 
