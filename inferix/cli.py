@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import DistError
 
 from inferix.config import ParallelConfig
@@ -341,8 +341,14 @@ def quantization(args: argparse.Namespace) -> str:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of all parameters and buffers; of a tensor made of others, as torchao's are, those of what it is made of."""
+
+    def size(tensor: Tensor) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.nbytes
+
+    return sum(size(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.models.transformer import TransformerConfig
 
@@ -22,22 +23,15 @@ def quantize_with_torchao(transformer: nn.Module) -> None:
     quantize_(transformer, config, filter_fn=wanted)
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; of torchao's tensors, which give out another dtype, those of what they hold."""
-
-    def size(tensor: Tensor) -> int:
-        if hasattr(tensor, "__tensor_flatten__"):
-            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-        return tensor.nbytes
-
-    return sum(size(tensor) for tensor in (*model.parameters(), *model.buffers()))
-
-
 def block_figures(times: list[list[float]]) -> dict:
-    """Of the milliseconds of each block, run by run: medians, the fastest and the slowest, and all blocks' sum."""
+    """Of the milliseconds of each block, run by run: medians, the fastest and the slowest, all blocks' sum, and the last's."""
     medians = [statistics.median(runs) for runs in times]
-    spread = [[min(runs), max(runs)] for runs in times]
-    return {"block_ms": medians, "block_spread_ms": spread, "seven_blocks_s": sum(medians) / 1000}
+    return {
+        "block_ms": medians,
+        "block_spread_ms": [[min(runs), max(runs)] for runs in times],
+        "seven_blocks_s": sum(medians) / 1000,
+        "full_window_block_ms": medians[-1],
+    }
 
 
 @torch.no_grad()
@@ -78,7 +72,7 @@ def measure_flashdreams(
     blocks(count, count + 2, cache)  # warms up, and captures
     full = statistics.median(blocks(count + 2, count + 2 + repeats, cache))
     return {
-        "weights_gb": stored_bytes(model) / 1e9,
+        "weights_gb": cli.weight_bytes(model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cold_start_s": cold,
         **block_figures(list(zip(*runs))),

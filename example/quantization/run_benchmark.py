@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from benchmark_peers import block_figures, measure_flashdreams, quantize_with_torchao, stored_bytes
+from benchmark_peers import block_figures, measure_flashdreams, quantize_with_torchao
 from inferix import cli
 from inferix.config import PipelineConfig
 from inferix.errors import InputError
@@ -240,11 +240,10 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
     frames = 4 * (geometry.config.image_or_video_shape[1] - 1) + 1
     total = statistics.median(run["clip_ms"] for run in whole)
     result = {
-        "weights_gb": stored_bytes(pipeline.generator.model) / 1e9,
+        "weights_gb": cli.weight_bytes(pipeline.generator.model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan"),
         "cold_start_s": cold,
         **block_figures(blocks),
-        "full_window_block_ms": statistics.median(blocks[-1]),
         "clip_s": statistics.median(clips) / 1000,
         "clip_spread_s": [min(clips) / 1000, max(clips) / 1000],
         "first_frames_ms": statistics.median(run["first_frames_ms"] for run in whole),
