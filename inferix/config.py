@@ -52,6 +52,8 @@ class PipelineConfig:
     """First latent frames that the window never drops when it rolls on over a longer video."""
     image_or_video_shape: tuple[int, ...] = (1, 21, 16, 60, 104)
     """Batch, latent frames of a clip, channels, latent height and width."""
+    adapter: dict[str, float] | None = None
+    """``rank`` and ``alpha`` of the LoRA that the config is for (LongLive), where its file does not say them."""
     prompt_template: str | None = None
     """What a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
 
@@ -94,6 +96,7 @@ KINDS = {
     "timestep_shift": float,
     "warp_denoising_step": bool,
     "image_or_video_shape": lambda sizes: tuple(int(size) for size in sizes),
+    "adapter": lambda adapter: {key: float(adapter[key]) for key in ("rank", "alpha") if dict(adapter).get(key)},
     "prompt_template": str,
 }
 """How a value of a config file is read; what is not listed is an integer."""
