@@ -117,8 +117,15 @@ def load_sharded_safetensors(folder: Path, stem: str) -> StateDict:
 
 def load_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError where ``path`` is missing or something else."""
-    with input_errors(path, OSError, ValueError, hint="is not a valid JSON object; download it again"):
-        content = json.loads(path.read_text())
+    with input_errors(path, OSError, UnicodeDecodeError, hint=DAMAGED):
+        text = path.read_text()
+    return parse_json(text, path)
+
+
+def parse_json(text: str, source: Path | str) -> dict:
+    """Return the JSON object that ``text`` is. Raises InputError, naming ``source``, where it is something else."""
+    with input_errors(source, ValueError, hint="is not a valid JSON object; download it again"):
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError
     return content

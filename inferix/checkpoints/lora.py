@@ -4,7 +4,6 @@ A file holds, for a module with weight W [out, in], a matrix A [rank, in] (also 
 ("up"): W' = W + strength * (alpha / rank) * B @ A. It may also hold differences, which are added as they are.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inferix.checkpoints.files import StateDict, load_json, load_weights, safetensors_metadata
+from inferix.checkpoints.files import StateDict, load_json, load_weights, parse_json, safetensors_metadata
 from inferix.checkpoints.keys import diffusers_names, strip_prefixes
-from inferix.errors import InputError, input_errors
+from inferix.errors import InputError
 
 ROLES = {
     "down": r"(\.lora_A(\.\w+)?|\.lora_down|[._]lora\.down)\.weight",
@@ -154,9 +153,10 @@ def _adapter_settings(path: Path) -> dict:
         beside = path.with_name("adapter_config.json")
         settings = load_json(beside) if path.stem == "adapter_model" and beside.is_file() else {}
     else:
-        with input_errors(path, ValueError, hint="has metadata (lora_adapter_metadata) that is no JSON object"):
-            settings = dict(json.loads(text))
-        settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+        metadata = parse_json(text, f"{path}: its lora_adapter_metadata")
+        settings = {name.removeprefix("transformer."): value for name, value in metadata.items()}
+    if not isinstance(settings.get("alpha_pattern") or {}, dict):
+        raise InputError(f"{path}: its alpha_pattern is no JSON object; use another file of it")
     if settings.get("use_dora"):
         raise InputError(f"{path} is no plain LoRA (use_dora), which is what is supported; use another file of it")
     return settings
