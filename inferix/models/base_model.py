@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from inferix.checkpoints.containers import read_transformer
+from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
 from inferix.errors import InputError
-from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
 from inferix.models.text_encoder import TextEncoder
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
@@ -40,18 +41,16 @@ class WanCheckpoint:
             model = CausalWanTransformer(self.config)
         if self.transformer_weights:
             state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
-            assign(model, read_transformer(state), self.transformer_folder)
+            load_strict(model, read_transformer(state), self.transformer_folder)
         return model.eval().requires_grad_(False)
 
     def vae(self) -> WanVAE:
         if not self.diffusers:
             return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
         folder = self.folder / "vae"
-        with reading(folder / "config.json"):
-            config = AutoencoderKLWan.load_config(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(config)
-        assign(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
+            model = AutoencoderKLWan.from_config(load_json(folder / "config.json"))
+        load_strict(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
         return WanVAE(model)
 
     def text_encoder(self) -> TextEncoder:

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
+from inferix.checkpoints.files import StateDict, load_pickle, load_strict
 from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle
 from inferix.models.vae_decoder import ClipDecoder, VAEDecoder
 
 FRAMES_AT_ONCE = 3
@@ -57,7 +57,7 @@ class WanVAE:
         state = load_pickle(path)
         with torch.device("meta"):
             model = AutoencoderKLWan(**vae_config(state))
-        assign(model, convert_wan_vae_to_diffusers(state), path)
+        load_strict(model, convert_wan_vae_to_diffusers(state), path)
         return cls(model)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "WanVAE":

@@ -41,14 +41,6 @@ class CausVidPipeline(Pipeline):
             transformer_weights,
         )
 
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``model.pt`` in the folder ``path``, or in its ``autoregressive_checkpoint`` folder, or the file itself."""
-        path = Path(path)
-        if path.is_dir():
-            downloaded = path / "autoregressive_checkpoint" / "model.pt"
-            path = downloaded if downloaded.is_file() else path / "model.pt"
-        self._load(path, "generator_ema" if use_ema else "generator")
-
     def stream(
         self,
         prompts: str | Iterable[RolloutPrompt],

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from inferix.checkpoints.containers import QuantizedWeight, dequantize, load_checkpoint, quantized_weights
+from inferix.checkpoints.files import load_strict
+from inferix.checkpoints.lora import merge_lora
 from inferix.config import ParallelConfig, load_config
 from inferix.errors import InputError
 from inferix.models.base_model import WanCheckpoint
-from inferix.models.checkpoints import assign, read_distilled
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.video import VideoWriter, safe_file_name
@@ -60,6 +62,8 @@ class Pipeline:
         self.pipeline = CausalInferencePipeline(
             self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
         )
+        self.quantized_weights: dict[str, QuantizedWeight] = {}
+        """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
         self.is_main_process = self.parallel.rank == 0
         """Whether this process generates: the only one, or the first one of a job."""
         self._prompt_cache: tuple[tuple[str, ...], Tensor] | None = None
@@ -71,9 +75,33 @@ class Pipeline:
         """The transformer: what ``dax.quant.quantization.quantize_dynamic`` takes."""
         return self.pipeline.generator.model
 
-    def _load(self, path: Path, key: str) -> None:
-        assign(self.transformer, read_distilled(path, key), path)
+    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
+        """Load the transformer's weights from a file or a folder, of any container in docs/checkpoints.md.
+
+        Weights in 8 bits are dequantized; ``quantized_weights`` has them as they are in the file.
+
+        Args:
+            path: a file, or a folder that holds one checkpoint.
+            use_ema: take the averaged weights, ``generator_ema``, where the file has both.
+
+        Raises:
+            InputError: if it is missing, damaged or does not fit the base model.
+        """
+        checkpoint = load_checkpoint(path, use_ema)
+        load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
+        self.quantized_weights = quantized_weights(checkpoint)
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
+        """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
+
+        Return the number of modules that changed. Raises InputError, and changes nothing, where the file is damaged or is
+        for another model.
+        """
+        changed = merge_lora(self.transformer, path, strength, self.config.adapter)
+        for name in changed:
+            self.quantized_weights.pop(name, None)
+        return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
         """Move every part to the device in the dtype it runs in; ``low_memory``: no more of it there than necessary."""
