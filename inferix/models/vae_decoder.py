@@ -91,7 +91,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class Clip:
-    """What the decoder remembers of a clip: the last two frames that each causal convolution read, zeros before any."""
+    """What a decoder remembers of a clip: the last frames that each causal convolution read, zeros before any."""
 
     def __init__(self):
         self.first = True
@@ -103,17 +103,20 @@ class Clip:
         if self.last:
             torch._foreach_zero_(list(self.last.values()))
 
-    def behind(self, reader: nn.Module, x: Tensor) -> Tensor:
-        """[B, 2+T, H, W, C] for x [B, T, H, W, C]: the two frames before x, and room for it (or what is made of it)."""
-        batch, time, *rest = x.shape
+    def behind(self, reader: nn.Module, x: Tensor, num: int = 2, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return [B, num+T, H, W, C]: the ``num`` frames before x, and room for x, or for what is made of it.
+
+        ``shape`` is [B, T, H, W, C]; None: that of x.
+        """
+        batch, time, *rest = shape or x.shape
         if reader not in self.last:
-            self.last[reader] = x.new_zeros(batch, 2, *rest)
-        frames = x.new_empty(batch, 2 + time, *rest)
-        frames[:, :2] = self.last[reader]
+            self.last[reader] = x.new_zeros(batch, num, *rest)
+        frames = x.new_empty(batch, num + time, *rest)
+        frames[:, :num] = self.last[reader]
         return frames
 
     def keep(self, reader: nn.Module, frames: Tensor) -> None:
-        self.last[reader].copy_(frames[:, -2:])
+        self.last[reader].copy_(frames[:, -self.last[reader].shape[1] :])
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
