@@ -136,13 +136,13 @@ Sink = Callable[[Iterator[Tensor], list[Path], int | None, str], list[Path]]
 
 
 def save(frames: Iterable[Tensor], paths: list[Path], total_blocks: int | None, description: str) -> list[Path]:
-    """Write the pieces [B, t, 3, H, W] to B files as they come, with a progress bar over the blocks."""
+    """Write the pieces [B, t, 3, H, W] to B files, with a progress bar over the blocks; return the complete files."""
     with ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(path)) for path in paths]
         for piece in tqdm(frames, total=total_blocks, desc=description, unit="block"):
             for writer, video in zip(writers, piece):
                 writer.write(video)
-    return paths
+    return [writer.result() for writer in writers if writer.frames]
 
 
 def file_stems(prompts: list[str], with_index: bool) -> list[str]:
