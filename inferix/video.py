@@ -126,6 +126,8 @@ class VideoWriter:
         self._raise_failure()
         if self._closed or frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"expected an open writer and frames [t, 3, H, W], got {list(frames.shape)}")
+        if not len(frames):
+            return
         size = (frames.shape[2], frames.shape[3])
         self._size = self._size or size
         if size != self._size:
