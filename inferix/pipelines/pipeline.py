@@ -158,7 +158,7 @@ def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | 
         for piece in tqdm(pieces, total=num_blocks, desc=description, unit="block"):
             for writer, video in zip(writers, piece):
                 writer.write(video)
-    return paths
+    return [writer.result() for writer in writers if writer.frames]
 
 
 def file_stems(prompts: list[str], with_index: bool) -> list[str]:
