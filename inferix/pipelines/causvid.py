@@ -29,6 +29,8 @@ class CausVidPipeline(Pipeline):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
     ):
         super().__init__(
             config_path,
@@ -39,6 +41,8 @@ class CausVidPipeline(Pipeline):
             device,
             dtype,
             transformer_weights,
+            vae,
+            tiny_vae_path,
         )
 
     def stream(

@@ -35,6 +35,8 @@ class Pipeline:
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         transformer_weights: False leaves ``transformer`` on the meta device, for ``dax``'s ``load_quantized`` instead of
             ``load_checkpoint``: no float weight is loaded.
+        vae: ``full``, or ``tiny`` for TAEHV, a small decoder in its place.
+        tiny_vae_path: TAEHV's file; default: ``taew2_1.pth`` in the base model's folder, or in the folder of that.
 
     Raises:
         InputError: if a file is missing, damaged or does not fit.
@@ -52,13 +54,17 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
     ):
         self.config = load_config(config_path, default_config_path)
         self.parallel = parallel_config or ParallelConfig()
         cuda = torch.cuda.is_available()
         self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        base = WanCheckpoint(wan_base_model_path or self.default_base_model_path, transformer_weights)
+        base = WanCheckpoint(
+            wan_base_model_path or self.default_base_model_path, transformer_weights, vae, tiny_vae_path
+        )
         self.pipeline = CausalInferencePipeline(
             self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
         )
@@ -152,7 +158,7 @@ class Pipeline:
 
 
 def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | None, description: str) -> list[Path]:
-    """Write pieces [B, t, 3, H, W] to B files while they are generated, with a progress bar; return the files."""
+    """Write pieces [B, t, 3, H, W] to B files while they are generated, with a progress bar; return the complete files."""
     with ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(path)) for path in paths]
         for piece in tqdm(pieces, total=num_blocks, desc=description, unit="block"):
