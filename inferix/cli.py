@@ -259,11 +259,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def typed_prompts() -> Iterator[str]:
-    """A prompt from standard input whenever one is asked for; an empty line repeats the last, end of input ends it."""
+    """Yield a prompt from standard input, asked for on stderr; an empty line repeats the last, end of input ends it."""
     prompt = ""
     while True:
-        if sys.stdin.isatty():
-            print("\nnext prompt (Enter: the same again, Ctrl-D: the end): ", end="", file=sys.stderr, flush=True)
+        print("\nnext prompt (Enter: the same again, Ctrl-D: the end): ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line and not prompt:
             raise InputError("no prompt was typed: --is_interactive reads one a line from standard input")
