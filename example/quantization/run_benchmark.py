@@ -22,7 +22,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmark_peers import block_figures, measure_flashdreams, quantize_with_torchao
-from inferix import cli
+from inferix.cli.main import run
+from inferix.cli.report import weight_bytes
 from inferix.config import PipelineConfig
 from inferix.errors import InputError
 from inferix.models.attention import attention
@@ -44,9 +45,7 @@ class Geometry:
 GEOMETRIES = {
     "real": Geometry(TransformerConfig(), 96, PipelineConfig(**SAMPLER)),
     "demo": Geometry(
-        TransformerConfig(
-            dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=64, num_heads=4, num_layers=6
-        ),
+        TransformerConfig(dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=64, num_heads=4, num_layers=6),
         8,
         PipelineConfig(**SAMPLER, image_or_video_shape=(1, 21, 16, 16, 16)),
     ),
@@ -240,7 +239,7 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
     frames = 4 * (geometry.config.image_or_video_shape[1] - 1) + 1
     total = statistics.median(run["clip_ms"] for run in whole)
     result = {
-        "weights_gb": cli.weight_bytes(pipeline.generator.model) / 1e9,
+        "weights_gb": weight_bytes(pipeline.generator.model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan"),
         "cold_start_s": cold,
         **block_figures(blocks),
@@ -315,7 +314,10 @@ def plot(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(results) + 1.5), layout="constrained")
-    for offset, key, label in ((0.2, "seven_blocks_s", "transformer, 7 blocks"), (-0.2, "end_to_end_s", "with VAE decode")):
+    for offset, key, label in (
+        (0.2, "seven_blocks_s", "transformer, 7 blocks"),
+        (-0.2, "end_to_end_s", "with VAE decode"),
+    ):
         known = {i - offset: result[key] for i, result in enumerate(results.values()) if key in result}
         bars = axes.barh(list(known), list(known.values()), 0.38, label=label)
         axes.bar_label(bars, fmt="%.2f", padding=3)
@@ -331,7 +333,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--geometry", choices=GEOMETRIES, default="real" if cuda else "demo")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[name for name in SETTINGS if not missing(name)])
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[name for name in SETTINGS if not missing(name)]
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--output_folder", type=Path, default=ROOT / "outputs")
     args = parser.parse_args(argv)
@@ -351,10 +355,16 @@ def main(argv=None):
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{machine}, torch {torch.__version__}, {args.geometry} geometry\n\n{tables(results)}")
     args.output_folder.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, "torch": torch.__version__, "geometry": args.geometry, "vae": vae, "settings": results}
+    report = {
+        "machine": machine,
+        "torch": torch.__version__,
+        "geometry": args.geometry,
+        "vae": vae,
+        "settings": results,
+    }
     (args.output_folder / "benchmark.json").write_text(json.dumps(report, indent=1))
     plot(results, args.output_folder / "benchmark.png")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run(main))
