@@ -8,19 +8,21 @@ from diffusers import AutoencoderKLWan
 from inferix.errors import InputError
 from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
 from inferix.models.text_encoder import TextEncoder
-from inferix.models.transformer import CausalWanTransformer, TransformerConfig
+from inferix.models.config import TransformerConfig
+from inferix.models.transformer import CausalWanTransformer
 from inferix.models.vae import WanVAE
 
 
-class BaseModel:
-    """Loads the parts of a base model, each when it is asked for.
+class WanCheckpoint:
+    """The parts of a base model, each loaded when it is asked for.
 
     Args:
         folder: of either layout.
-        transformer_weights: False leaves the transformer on the meta device, for whoever loads other weights into it;
-            the base's own need not be there.
+        transformer_weights: False leaves the transformer on the meta device, to load other weights into it; the base's own
+            need not be there.
 
-    Raises InputError where ``folder`` or a file in it is missing, damaged or of another kind.
+    Raises:
+        InputError: if ``folder`` or a file in it is missing, damaged or of another kind.
     """
 
     def __init__(self, folder: str | Path, transformer_weights: bool = True):
@@ -33,7 +35,7 @@ class BaseModel:
         self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
 
     def transformer(self) -> CausalWanTransformer:
-        """The transformer, with the base weights, memory-mapped, unless it is to have none."""
+        """Return the transformer with the base weights, memory-mapped, or on the meta device."""
         with torch.device("meta"):
             model = CausalWanTransformer(self.config)
         if self.transformer_weights:
