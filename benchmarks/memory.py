@@ -29,7 +29,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import quantization
 from inferix.cli.devices import parallel_config
 from inferix.cli.main import run
-from inferix.cli.report import weight_bytes
+from inferix.runtime.memory import num_bytes
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.vae import StreamingDecoder
 from inferix.pipelines.inference import CausalInferencePipeline
@@ -158,7 +158,7 @@ def measure(pipeline: CausalInferencePipeline, device_peak: int, repeats: int) -
     cache, encoder, vae = pipeline.cache, pipeline.text_encoder.model, pipeline.vae
     stored = [cache.keys, cache.values] if hasattr(cache, "keys") else [*cache.windows, *cache.resident.values()]
     parts = {
-        "transformer": weight_bytes(pipeline.generator.model) / 1e9,
+        "transformer": num_bytes(pipeline.generator.model) / 1e9,
         "text encoder": on_device([*encoder.parameters(), *encoder.buffers()], device),
         "cache": on_device(stored, device),
         "VAE": on_device([*vae.model.parameters(), *vae.decoder.parameters()], device),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmark_peers import block_figures, measure_flashdreams, quantize_with_torchao
 from inferix.cli.main import run
-from inferix.cli.report import weight_bytes
+from inferix.runtime.memory import num_bytes
 from inferix.config import PipelineConfig
 from inferix.errors import InputError
 from inferix.models.attention import attention
@@ -239,7 +239,7 @@ def measure(geometry: Geometry, setting: Setting, device: torch.device, dtype: t
     frames = 4 * (geometry.config.image_or_video_shape[1] - 1) + 1
     total = statistics.median(run["clip_ms"] for run in whole)
     result = {
-        "weights_gb": weight_bytes(pipeline.generator.model) / 1e9,
+        "weights_gb": num_bytes(pipeline.generator.model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan"),
         "cold_start_s": cold,
         **block_figures(blocks),

@@ -32,7 +32,7 @@ from inferix.cli.model_paths import display_path
 from inferix.cli.prompts import example_prompt
 from inferix.errors import InputError
 from inferix.models.text_encoder import TextEncoder
-from inferix.pipelines.base import Pipeline
+from inferix.pipelines.pipeline import Pipeline
 
 QConfigDict = dict[str, QConfig | None]
 CALIBRATION_SEED = 1_000_000
@@ -72,7 +72,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
     Raises InputError for a module that is not there, for saved weights that do not fit, and where a folder cannot be
     written.
     """
-    transformer = pipeline.pipeline.generator.model  # core: pipeline.transformer
+    transformer = pipeline.transformer
     if args.qconfig:
         prompt = args.prompts[0] if args.prompts else example_prompt(pipeline.config)
         quantize_with(pipeline, read_qconfig_file(args.qconfig), [prompt])
@@ -80,7 +80,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
     share_scales(pipeline)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
-    if not pipeline.leads:  # core: is_main_process; the other ranks have no text encoder
+    if not pipeline.is_main_process:  # the other ranks have no text encoder
         return
     if not args.no_quantize and (pipeline.pipeline.low_memory or args.quantize_text_encoder):
         quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
@@ -135,7 +135,7 @@ def quantize_with(pipeline: Pipeline, qconfig_dict: QConfigDict, prompts: list[s
 
     Raises InputError for a module that is not there, and for fp8 on a GPU without it.
     """
-    transformer = pipeline.pipeline.generator.model  # core: pipeline.transformer
+    transformer = pipeline.transformer
     check_devices(list(qconfig_dict.values()), pipeline.device)
     static = any(qconfig and qconfig.static for qconfig in qconfig_dict.values())
     if static and pipeline.process_group is not None:
@@ -171,7 +171,7 @@ def generate_clip(pipeline: Pipeline, prompt: str, seed: int, num_frames: int | 
 
 def share_scales(pipeline: Pipeline) -> None:
     """Where several processes share a video, let a dynamic per-tensor scale be that of all their tokens."""
-    for module in pipeline.pipeline.generator.model.modules():  # core: pipeline.transformer
+    for module in pipeline.transformer.modules():
         if pipeline.process_group is not None and hasattr(module, "qconfig"):
             module.qconfig = replace(module.qconfig, process_group=pipeline.process_group)
 
@@ -216,5 +216,5 @@ def load_transformer(pipeline: Pipeline, checkpoint: Path, args: Namespace) -> N
         pipeline.load_checkpoint(checkpoint, use_ema=getattr(args, "use_ema", False))
         return
     with input_errors(args.load_quantized):
-        transformer = load_quantized(pipeline.pipeline.generator.model, args.load_quantized)  # core: transformer
+        transformer = load_quantized(pipeline.transformer, args.load_quantized)
     check_devices([getattr(module, "qconfig", None) for module in transformer.modules()], pipeline.device)

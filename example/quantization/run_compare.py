@@ -26,10 +26,11 @@ from inferix.cli.arguments import Parser
 from inferix.cli.main import run
 from inferix.cli.model_paths import display_path, find_model_paths
 from inferix.cli.prompts import example_prompts
-from inferix.cli.report import common_prefixes, float_linear_names, weight_bytes
+from inferix.cli.report import common_prefixes, float_linear_names
 from inferix.errors import InputError
 from inferix.models.transformer import CausalWanTransformer
-from inferix.pipelines.base import Pipeline
+from inferix.pipelines.pipeline import Pipeline
+from inferix.runtime.memory import num_bytes
 from inferix.video import VideoWriter, safe_file_name
 
 MODELS = {
@@ -153,7 +154,7 @@ class Comparison:
         ``show`` is called with the reference's and the setting's video of each.
         """
         self.apply(setting)
-        figures = Figures(setting.name, weights_gb=weight_bytes(self.parts.generator.model) / 1e9)
+        figures = Figures(setting.name, weights_gb=num_bytes(self.parts.generator.model) / 1e9)
         for number in range(len(self.prompts)):
             reset_peak()
             start = time.perf_counter()
@@ -194,7 +195,7 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     comparison.compiled = False  # it would take longer than so few clips
     comparison.measure(FULL)
     linears = float_linear_names(comparison.parts.generator.model)
-    full_gb = weight_bytes(comparison.parts.generator.model) / 1e9
+    full_gb = num_bytes(comparison.parts.generator.model) / 1e9
     alone = []
     for group in dict.fromkeys(group_of(name) for name in linears):
         alone.append(comparison.measure(Setting(group, {group: kind})))

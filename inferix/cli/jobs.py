@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain, cycle, repeat
 from pathlib import Path
 
 from torch import Tensor
@@ -21,9 +21,9 @@ from inferix.cli.model_paths import ROOT, display_path
 from inferix.cli.prompts import example_prompt, prompt_note, read_prompts, typed_prompts
 from inferix.cli.report import Report, quantization_name
 from inferix.errors import InputError
-from inferix.pipelines.base import Pipeline
+from inferix.pipelines.pipeline import Pipeline
 from inferix.video import VideoWriter
-from inferix.webrtc.session import Session, StopRequested, WebRTCConfig
+from inferix.webrtc.session import Session, WebRTCConfig
 
 
 def webrtc_session(args: Namespace) -> AbstractContextManager[Session | None]:
@@ -42,8 +42,8 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
 
     Prints the report after the last. Ranks above 0 take part in what rank 0 generates, and get no jobs.
     """
-    if not pipeline.leads:  # core: is_main_process
-        pipeline.pipeline.follow()  # core: pipeline.worker_loop()
+    if not pipeline.is_main_process:
+        pipeline.worker_loop()
         return
     if getattr(args, "enable_profiling", False):
         pipeline.stage_seconds = {}
@@ -63,7 +63,8 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
 class Job:
     """One call of ``pipeline.stream``, and the files that its frames go to."""
 
-    prompts: list[str] | Iterator[str]
+    prompts: list | Iterator
+    """As ``stream`` takes them. With a web page they end early when the clip is stopped there."""
     paths: list[Path]
     """One for each batch entry."""
     num_blocks: int | None
@@ -80,10 +81,7 @@ class Job:
 
 
 class JobWriter:
-    """Write frames to the files of ``job``, and show those of the first on the web page, as a context manager.
-
-    A stop on the page ends the block as StopRequested, which is not passed on: the files are complete up to there.
-    """
+    """Write frames to the files of ``job``, and show those of the first on the web page, as a context manager."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -100,7 +98,7 @@ class JobWriter:
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Write frames [B, t, 3, H, W] in [0, 1]. Raises StopRequested when a viewer has stopped the clip."""
+        """Write frames [B, t, 3, H, W] in [0, 1]; return after a pause where a viewer has paused."""
         for writer, video in zip(self.writers, frames):
             writer.write(video)
         self.job.num_frames += frames.shape[0] * frames.shape[1]
@@ -108,16 +106,15 @@ class JobWriter:
         if self.job.session is not None:
             self.job.session.show(frames[0])
 
-    def __exit__(self, error_type, error, traceback) -> bool:
-        stopped = isinstance(error, StopRequested)
-        self.stack.__exit__(*((None, None, None) if stopped else (error_type, error, traceback)))
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.stack.__exit__(error_type, error, traceback)
         self.job.seconds = time.perf_counter() - self.start
-        if error is None or stopped:
-            for path in [writer.path for writer in self.writers if writer.frames]:
-                print(f"file written       {display_path(path)}")
-                if self.job.session is not None:
-                    self.job.session.add_file(path)
-        return stopped
+        if error is not None:
+            return
+        for path in [writer.path for writer in self.writers if writer.frames]:
+            print(f"file written       {display_path(path)}")
+            if self.job.session is not None:
+                self.job.session.add_file(path)
 
 
 class Planner:
@@ -153,10 +150,11 @@ class Planner:
         args, pipeline = self.args, self.pipeline
         image = pipeline.read_image(args.image_path) if args.i2v else None
         samples = range(args.num_samples)
+        batch = list(self.announced([prompt])) * args.num_samples
         return Job(
-            prompts=[prompt for prompt in self.announced([prompt]) for _ in samples],
+            prompts=batch if self.session is None else self.session.until_stopped(repeat(batch)),
             paths=[self.path(f"{stem}-{args.seed}-{sample}") for sample in samples],
-            num_blocks=len(pipeline.check(args.num_output_frames, int(args.i2v))),  # core: num_blocks
+            num_blocks=pipeline.num_blocks(args.num_output_frames, int(args.i2v)),
             session=self.session,
             image=image,
         )
@@ -169,9 +167,9 @@ class Planner:
         clip = pipeline.config.image_or_video_shape[1]
         rollouts = cycle(prompts) if single else iter(prompts)
         return Job(
-            prompts=self.announced(rollouts if self.session is None else self.session.steer(rollouts)),
+            prompts=self.announced(rollouts) if self.session is None else self.steered(rollouts),
             paths=[self.path(f"{stem}-{args.seed}")],
-            num_blocks=pipeline.check(prompts, num_rollout, args.num_overlap_frames, clip),  # core: num_blocks
+            num_blocks=pipeline.num_blocks(prompts, num_rollout, args.num_overlap_frames, clip),
             session=self.session,
             num_rollout=num_rollout,
         )
@@ -187,6 +185,11 @@ class Planner:
                 self.session.announce(prompt, note)
             yield prompt
             last = prompt
+
+    def steered(self, prompts: Iterator[str]) -> Iterator[Iterator[str]]:
+        """Yield for every rollout an iterator over its blocks: the given prompt, or the one that was typed on the page."""
+        for prompt in self.announced(self.session.steer(prompts)):
+            yield self.session.until_stopped(repeat(prompt))
 
     def path(self, name: str) -> Path:
         """Return a path in the output folder that this run has not used yet."""

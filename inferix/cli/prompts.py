@@ -14,7 +14,7 @@ from inferix.errors import InputError
 
 if TYPE_CHECKING:
     from inferix.config import PipelineConfig
-    from inferix.pipelines.base import Pipeline
+    from inferix.pipelines.pipeline import Pipeline
 
 
 def split_prompts(text: str) -> list[str]:

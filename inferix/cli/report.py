@@ -3,21 +3,12 @@
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
+
+from inferix.runtime.memory import num_bytes
 
 if TYPE_CHECKING:
-    from inferix.pipelines.base import Pipeline
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers; of a tensor subclass (torchao's) those of its inner tensors."""
-
-    def size(tensor: Tensor) -> int:
-        if hasattr(tensor, "__tensor_flatten__"):
-            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-        return tensor.nbytes
-
-    return sum(size(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    from inferix.pipelines.pipeline import Pipeline
 
 
 def full_precision_bytes(model: nn.Module, itemsize: int) -> int:
@@ -82,12 +73,12 @@ class Report:
     """
 
     def __init__(self, args: Namespace, pipeline: "Pipeline"):
-        transformer = pipeline.pipeline.generator.model  # core: pipeline.transformer
+        transformer = pipeline.transformer
         linears, unquantized = linear_names(transformer), float_linear_names(transformer)
         self.pipeline = pipeline
         self.quantization = quantization_name(args)
         self.bytes_before = full_precision_bytes(transformer, pipeline.dtype.itemsize)
-        self.bytes_after = weight_bytes(transformer)
+        self.bytes_after = num_bytes(transformer)
         self.kept = "everything" if unquantized == linears else ", ".join(common_prefixes(unquantized, linears))
         self.frames = 0
         self.seconds = 0.0

@@ -16,15 +16,12 @@ if TYPE_CHECKING:
     from inferix.webrtc.playout import Playout
 
 Clip = TypeVar("Clip")
+Prompt = TypeVar("Prompt")
 
 HOLD_SECONDS = 1
 """How long the page says that playback had to wait: blocks come in bursts, and the message should not flicker."""
 MAX_BLOCKS_TIMED = 8
 """The generation rate is that of the last so many blocks."""
-
-
-class StopRequested(Exception):
-    """A viewer has stopped the clip, or the server is closing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class WebRTCConfig:
 class Session:
     """The state of the page.
 
-    The generating thread takes its clips from ``clips``, its rollouts' prompts from ``steer``, and hands frames to ``show``.
+    The generating thread takes its clips from ``clips``, its prompts from ``steer`` and ``until_stopped``, and passes frames to
+    ``show``.
     The server's thread calls ``set_viewers``, ``submit_prompt``, ``control`` and ``snapshot``. ``changed`` guards the rest.
     """
 
@@ -109,6 +107,13 @@ class Session:
             typed = self._take_typed() or typed
             yield typed or prompt
 
+    def until_stopped(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+        """Yield the prompts of block after block; end early, and with that the clip, when it is stopped on the page."""
+        for prompt in prompts:
+            if self.stop_requested:
+                return
+            yield prompt
+
     def announce(self, prompt: str, note: str | None) -> None:
         """Say which prompt is generated now, and what the model has to say about it."""
         with self.changed:
@@ -123,10 +128,7 @@ class Session:
             self.block_start = time.monotonic()
 
     def show(self, frames: Tensor) -> None:
-        """Queue a block's frames [t, 3, H, W] in [0, 1] for playing; return when generation may go on, at once or after a pause.
-
-        Raises StopRequested where the clip is to end here.
-        """
+        """Queue a block's frames [t, 3, H, W] in [0, 1] for playing; return after the pause where there is one."""
         with self.changed:
             seconds = time.monotonic() - self.block_start
             self.block += 1
@@ -135,8 +137,6 @@ class Session:
                 self.first_frame_seconds = seconds
         self.playout.push(frames)
         self._wait_while_paused()
-        if self.stop_requested:
-            raise StopRequested
         self.block_start = time.monotonic()
 
     def add_file(self, path: Path) -> None:
