@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-import dax_settings
-from inferix import cli
+import quantization
+from inferix.cli.devices import parallel_config
+from inferix.cli.main import run
+from inferix.runtime.memory import num_bytes
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.vae import StreamingDecoder
 from inferix.pipelines.inference import CausalInferencePipeline
@@ -118,13 +120,13 @@ class DevicePeak:
 
 def build(geometry: Geometry, setting: str, device, dtype, sizes: tuple[int | None, int | None]):
     base = WholeBase(geometry, device, dtype)
-    parallel = cli.parallel_config(*sizes, geometry.transformer.num_heads)
+    parallel = parallel_config(*sizes, geometry.transformer.num_heads)
     pipeline = CausalInferencePipeline(geometry.config, base, device, dtype, parallel, setting.endswith("+offload"))
     pipeline.to_device(low_memory=setting == "low")
     if QUANTIZED[setting]:
         quantize_transformer(pipeline.generator.model, QUANTIZED[setting])  # per token: no scale to be shared
         if setting == "low" and pipeline.leads:
-            dax_settings.quantize_text_encoder(pipeline.text_encoder, QUANTIZED[setting])
+            quantization.quantize_text_encoder(pipeline.text_encoder, QUANTIZED[setting])
     pipeline.set_kv_cache_dtype("fp8" if "fp8kv" in setting else "auto")
     return pipeline
 
@@ -156,7 +158,7 @@ def measure(pipeline: CausalInferencePipeline, device_peak: int, repeats: int) -
     cache, encoder, vae = pipeline.cache, pipeline.text_encoder.model, pipeline.vae
     stored = [cache.keys, cache.values] if hasattr(cache, "keys") else [*cache.windows, *cache.resident.values()]
     parts = {
-        "transformer": cli.weight_bytes(pipeline.generator.model) / 1e9,
+        "transformer": num_bytes(pipeline.generator.model) / 1e9,
         "text encoder": on_device([*encoder.parameters(), *encoder.buffers()], device),
         "cache": on_device(stored, device),
         "VAE": on_device([*vae.model.parameters(), *vae.decoder.parameters()], device),
@@ -185,7 +187,7 @@ def main(argv=None):
     torch.set_grad_enabled(False)
     geometry = GEOMETRIES[args.geometry]
     geometry = replace(geometry, config=replace(geometry.config, **SAMPLERS[args.model]))
-    local_rank = cli.parallel_config(None, None, 1).local_rank
+    local_rank = parallel_config(None, None, 1).local_rank
     device, dtype = (torch.device("cuda", local_rank), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
     if cuda:
         torch.cuda.set_device(device)
@@ -218,4 +220,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run(main))

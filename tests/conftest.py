@@ -1,6 +1,7 @@
 """What several test files use: the golden data, and pipelines loaded from it."""
 
 import os
+import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from inferix import CausVidPipeline, SelfForcingPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "example/quantization"))  # the modules that the runners share
 GOLDEN = ROOT / "tests/golden"
 BASE = GOLDEN / "Wan2.1-T2V-tiny"
 SELF_FORCING = GOLDEN / "self_forcing/checkpoints/self_forcing_dmd.pt"

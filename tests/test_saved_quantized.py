@@ -20,7 +20,8 @@ from torch import nn
 from dax.quant.nn import dynamic, quantized
 from dax.quant.quantization import QConfig, convert, load_quantized, prepare, read_qconfig_dict, save_quantized
 from dax.quant.quantization.qconfig import get_default_dynamic_int8_qconfig, get_fp8_per_channel_weight_qconfig
-from inferix import cli
+from inferix.cli.main import run
+from quantization import quantize_transformer
 
 FP8, INT8 = QConfig(), QConfig(torch.int8)
 RUNNERS = {name: load_runner(name) for name in ("self_forcing", "causvid")}
@@ -164,9 +165,8 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
     """In a process of its own; the numbers are a hole in the file, which takes no disk."""
     folder = tmp_path / "saved"
     folder.mkdir()
-    runner = RUNNERS["self_forcing"]
     model = empty()
-    runner.quantize_transformer(model)
+    quantize_transformer(model)
     fields = json.dumps({"blocks": FP8.to_dict()}).encode()
     (folder / "qconfig.json").write_bytes(fields)
     header, end = {"__metadata__": {"qconfig_sha256": hashlib.sha256(fields).hexdigest()}}, 0
@@ -206,7 +206,7 @@ def flags(name: str, folder: Path, **changes: object) -> list[str]:
 
 def made(name: str, folder: Path, **changes: object) -> bytes:
     """The video that the runner makes."""
-    assert cli.run(RUNNERS[name].main, flags(name, folder, **changes)) == 0
+    assert run(RUNNERS[name].main, flags(name, folder, **changes)) == 0
     (path,) = (folder / "output").iterdir()
     content = path.read_bytes()
     path.unlink()
@@ -280,7 +280,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, changes, complaint):
     wider.blocks[1].ffn.net[2] = dynamic.Linear(256, 96, qconfig=INT8)
     save_quantized(wider, "wider")
     changes = ({"checkpoint_path": None} if "load_quantized" in changes else {}) | changes
-    code = cli.run(RUNNERS["self_forcing"].main, flags("self_forcing", tmp_path, **changes))
+    code = run(RUNNERS["self_forcing"].main, flags("self_forcing", tmp_path, **changes))
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1), error
     assert error.startswith("error: ") and complaint in error

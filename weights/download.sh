@@ -25,7 +25,7 @@ PARTS = {
         "google/umt5-xxl/tokenizer_config.json": 0.0,
     }),
     "self_forcing": ("gdhe17/Self-Forcing", "self_forcing", {"checkpoints/self_forcing_dmd.pt": 5.7}),
-    "causvid": ("tianweiy/CausVid", "CausVid", {"autoregressive_checkpoint/model.pt": 11.4}),
+    "causvid": ("tianweiy/CausVid", "causvid", {"autoregressive_checkpoint/model.pt": 11.4}),
 }
 
 weights, *words = sys.argv[1:]
@@ -35,6 +35,8 @@ if unknown := set(wanted) - set(PARTS):
     sys.exit(2)
 missing = []
 for repo, folder, files in (PARTS[part] for part in wanted):
+    if folder == "causvid" and not Path(weights, folder).exists() and Path(weights, "CausVid").exists():
+        folder = "CausVid"  # the name that earlier versions gave it
     for name, size in files.items():
         path = Path(weights, folder, name)
         state = "there" if path.exists() else f"{size:.1f} GB" if size else "small"

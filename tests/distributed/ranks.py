@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner
+from conftest import BASE, CAUSVID, ROOT, SELF_FORCING
 from safetensors.torch import save_file
 from test_golden import PROMPTS
 
 from inferix import CausVidPipeline, ParallelConfig, SelfForcingPipeline
+from quantization import quantize_transformer, share_scales
 
-runner = load_runner("self_forcing")
 RANKS = {name: int(os.environ.get(name.upper(), default)) for name, default in (("rank", 0), ("world_size", 1))}
 
 
@@ -68,8 +68,8 @@ def causvid(pipeline) -> dict:
 def quantized(pipeline, quant_type: str, granularity: str) -> None:
     """Quantize, and keep the scales that the first layer's activations get."""
     transformer = pipeline.pipeline.generator.model
-    runner.quantize_transformer(transformer, quant_type, granularity)
-    runner.dax_settings.share_scales(pipeline)
+    quantize_transformer(transformer, quant_type, granularity)
+    share_scales(pipeline)
     layer, pipeline.scales = transformer.blocks[0].attn2.to_out[0], []
     original = layer.quantize_input
 

@@ -12,10 +12,10 @@ import ranks
 import torch
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
-from test_scripts import SCRIPTS, assert_plays_in_a_browser, run, self_forcing_env, written  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run, self_forcing_env, written  # noqa: F401
 
 from inferix import InputError, ParallelConfig
-from inferix.cli import parallel_config
+from inferix.cli.devices import parallel_config
 from inferix.parallel import check_sizes
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
+from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, small_config
 
 from inferix import SelfForcingPipeline
+from inferix.cli.devices import gpu_memory
 from inferix.models.attention import FP8
 from inferix.models.kv_cache import KVCache, OffloadedKVCache
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
+from quantization import quantize_text_encoder
 
 CONFIG = TransformerConfig(dim=96, ffn_dim=192, freq_dim=64, text_dim=32, text_len=16, num_heads=2, num_layers=6)
 PROMPT = "A red cat walks on the moon"
@@ -69,8 +71,7 @@ def test_low_memory(tmp_path, self_forcing):
     assert isinstance(small.pipeline.cache, OffloadedKVCache) and small.pipeline.cache.dtype == FP8
     usual = self_forcing.generate([PROMPT], 9, torch.Generator().manual_seed(0))
     assert torch.nn.functional.cosine_similarity(video.flatten(), usual.flatten(), dim=0) > 0.999
-    quantize = load_runner("self_forcing").dax_settings.quantize_text_encoder
-    quantize(small.pipeline.text_encoder, "int8")
+    quantize_text_encoder(small.pipeline.text_encoder, "int8")
     blocks = small.pipeline.text_encoder.model.encoder.block
     assert not any(type(module) is torch.nn.Linear for module in blocks.modules())
     quantized = small.pipeline.text_encoder([PROMPT])
@@ -80,7 +81,7 @@ def test_low_memory(tmp_path, self_forcing):
 
 def test_the_estimate_counts_what_stays(tmp_path):
     ours = pipeline(tmp_path).pipeline
-    whole, small = (ours.gpu_memory(low) for low in (False, True))
+    whole, small = (gpu_memory(ours, low) for low in (False, True))
     model = ours.generator.model
     assert whole["transformer"] == sum(weight.nbytes for weight in model.parameters())
     assert whole["key-value cache"] == 2 * 2 * 9 * 24 * 96 * 4  # keys and values, layers, frames, tokens, dim, bytes

@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
-from conftest import BASE, CAUSVID, ROOT, load_runner
+from conftest import BASE, CAUSVID, ROOT
 from torch import nn
 
 from dax.quant.nn.dynamic import Linear as QuantizedLinear
-from inferix import CausVidPipeline, cli
+from inferix import CausVidPipeline
+from inferix.cli.report import common_prefixes, float_linear_names, full_precision_bytes, linear_names
+from quantization import quantize_transformer
 
 SNIPPET = """
 from dax.quant.quantization.qconfig import get_dynamic_fp8_per_token_act_per_channel_weight_qconfig
@@ -80,20 +82,20 @@ def test_quantizing_before_or_after_moving_to_the_device_is_the_same():
     assert torch.equal(*videos)
 
 
-@pytest.mark.parametrize("runner", ["self_forcing", "causvid"])
 @pytest.mark.parametrize("quant_type", ["fp8", "int8"])
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
-def test_runners_quantize_what_they_are_asked_to(runner, quant_type, granularity):
+def test_runners_quantize_what_they_are_asked_to(quant_type, granularity):
     transformer = pipeline().pipeline.generator.model
-    report = cli.Report(transformer, torch.float32)
-    load_runner(runner).quantize_transformer(transformer, quant_type, granularity)
+    names, size = float_linear_names(transformer), full_precision_bytes(transformer, 4)
+    quantize_transformer(transformer, quant_type, granularity)
     assert_quantized_but_for_the_ends(transformer, torch.int8 if quant_type == "int8" else torch.float8_e4m3fn)
     scales = transformer.blocks[0].ffn.net[2].weight_scale.numel()
     assert scales == (96 if granularity == "per_token" else 1)
-    assert cli.largest_covers(cli.linear_names(transformer), report.linears) == ["condition_embedder", "proj_out"]
+    assert (linear_names(transformer), full_precision_bytes(transformer, 4)) == (names, size)
+    assert common_prefixes(float_linear_names(transformer), names) == ["condition_embedder", "proj_out"]
 
 
 def test_what_stays_in_high_precision_is_named_as_briefly_as_it_can_be():
     among = ["a.x", "a.y", "b.0.q", "b.0.k", "b.1.q", "b.1.k", "b.10.q", "c"]
-    assert cli.largest_covers(["a.x", "a.y", "b.1.q", "b.1.k", "c"], among) == ["a", "b.1", "c"]
-    assert cli.largest_covers(["b.0.q", "b.10.q"], among) == ["b.0.q", "b.10"]
+    assert common_prefixes(["a.x", "a.y", "b.1.q", "b.1.k", "c"], among) == ["a", "b.1", "c"]
+    assert common_prefixes(["b.0.q", "b.10.q"], among) == ["b.0.q", "b.10"]
