@@ -77,6 +77,7 @@ class PipelineConfig:
                 len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
                 "image_or_video_shape of 5 sizes",
             ),
+            (self.adapter is None or min(self.adapter.values(), default=1) > 0, "adapter with rank and alpha above 0"),
             (height % 2 == 0 and width % 2 == 0, "image_or_video_shape with even height and width"),
         ):
             if not right:
@@ -96,7 +97,7 @@ KINDS = {
     "timestep_shift": float,
     "warp_denoising_step": bool,
     "image_or_video_shape": lambda sizes: tuple(int(size) for size in sizes),
-    "adapter": lambda adapter: {key: float(adapter[key]) for key in ("rank", "alpha") if dict(adapter).get(key)},
+    "adapter": lambda adapter: {key: float(adapter[key]) for key in ("rank", "alpha") if dict(adapter).get(key) is not None},
     "prompt_template": str,
 }
 """How a value of a config file is read; what is not listed is an integer."""
