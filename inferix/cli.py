@@ -23,7 +23,7 @@ from inferix.config import ParallelConfig
 from inferix.errors import InputError
 from inferix.models.base_model import BaseModel
 from inferix.pipelines.base import Pipeline
-from inferix.video import VideoWriter, count_frames
+from inferix.video import VideoWriter, count_frames, wait_for_writers
 
 SECONDS_TO_END = 5
 """What a process gets to end in order when its job has failed."""
@@ -37,7 +37,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         if "RANK" in os.environ:
             end_with_the_job()
     try:
-        main(argv)
+        try:
+            main(argv)
+        finally:  # also after Ctrl-C: the videos before the one that it stops are complete
+            wait_for_writers()
         return 0
     except InputError as error:
         if rank() > 0:
@@ -81,7 +84,7 @@ def end_with_the_job() -> None:
         while os.read(told, 1)[0] != signal.SIGTERM:
             pass
         time.sleep(SECONDS_TO_END)
-        for path in VideoWriter.partials:
+        for path in list(VideoWriter.partials):
             path.unlink(missing_ok=True)
         os._exit(143)
 

@@ -188,12 +188,12 @@ def test_stopping_leaves_no_half_written_file(self_forcing_env, tmp_path, sent, 
     assert not list((tmp_path / "my videos").iterdir())
 
 
-def test_full_disk(self_forcing_env, tmp_path):
+def test_a_file_that_cannot_grow(self_forcing_env, tmp_path):
     command = f'ulimit -f 8; exec "{SCRIPTS}/self_forcing_quantized.sh"'
     env = self_forcing_env | {"PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(["bash", "-c", command], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
-    assert "is the disk full?" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert "raise it with ulimit -f" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not list((tmp_path / "my videos").iterdir())
 
 

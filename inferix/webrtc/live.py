@@ -120,8 +120,7 @@ class Live:
         A clip that is stopped is saved as far as it got. Names that this run has used before get a number.
         """
         paths = [self._unused(path) for path in paths]
-        save(self._shown(pieces, total_blocks), paths, total_blocks, description)
-        written = paths if self.first_frame_seconds is not None else []
+        written = save(self._shown(pieces, total_blocks), paths, total_blocks, description)
         with self.changed:
             self.files |= {path.name: path for path in written}
         return written

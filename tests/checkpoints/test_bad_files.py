@@ -15,7 +15,7 @@ from inferix.checkpoints import files
 from inferix.checkpoints.containers import load_checkpoint
 from inferix.checkpoints.files import load_strict
 from inferix.errors import input_errors
-from inferix.models.base_model import BaseModel
+from inferix.models.base_model import WanCheckpoint
 
 FP8 = GOLDEN / "containers/lightx2v_fp8.safetensors"
 FLAT = GOLDEN / "containers/flat_model_prefix.safetensors"
@@ -200,7 +200,7 @@ def test_an_empty_folder(tmp_path):
 )
 def test_a_transformer_that_does_not_fit(tmp_path, removed, added, complaint):
     path = changed(FLAT, tmp_path, removed, **added)
-    model = BaseModel(BASE).transformer()
+    model = WanCheckpoint(BASE).transformer()
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError) as error:
         load_strict(model, load_checkpoint(path).state, path)

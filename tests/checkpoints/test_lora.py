@@ -17,7 +17,7 @@ from inferix.checkpoints.containers import load_checkpoint, read_transformer
 from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora, read_lora
 from inferix.config import load_config
-from inferix.models.base_model import BaseModel
+from inferix.models.base_model import WanCheckpoint
 from inferix.models.transformer import CausalWanTransformer
 
 CONFIG = GOLDEN / "configs/causal_forcing_chunkwise.yaml"
@@ -32,7 +32,7 @@ def lora_file(name: str) -> Path:
 
 
 def load(path: Path = SELF_FORCING, use_ema: bool = True) -> CausalWanTransformer:
-    model = BaseModel(BASE, transformer_weights=False).transformer()
+    model = WanCheckpoint(BASE, transformer_weights=False).transformer()
     load_strict(model, load_checkpoint(path, use_ema).state, path)
     return model
 

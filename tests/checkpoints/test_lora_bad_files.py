@@ -13,7 +13,7 @@ from inferix import InputError
 from inferix.checkpoints.containers import load_checkpoint
 from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora
-from inferix.models.base_model import BaseModel
+from inferix.models.base_model import WanCheckpoint
 from inferix.models.transformer import CausalWanTransformer
 
 KOHYA = GOLDEN / "LoRA/kohya.safetensors"
@@ -23,7 +23,7 @@ DOWN, UP, ALPHA = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", f"{Q}.alpha"
 
 @pytest.fixture(scope="module")
 def model() -> CausalWanTransformer:
-    model = BaseModel(BASE, transformer_weights=False).transformer()
+    model = WanCheckpoint(BASE, transformer_weights=False).transformer()
     load_strict(model, load_checkpoint(SELF_FORCING, use_ema=True).state, SELF_FORCING)
     return model
 
@@ -119,9 +119,9 @@ def test_a_strength_that_is_no_number(refused, strength):
 
 def test_a_model_that_is_quantized_or_empty():
     with torch.device("meta"):
-        empty = BaseModel(BASE, transformer_weights=False).transformer()
+        empty = WanCheckpoint(BASE, transformer_weights=False).transformer()
     with pytest.raises(InputError, match="load a checkpoint first"):
         merge_lora(empty, KOHYA)
-    quantized = quantize_dynamic(BaseModel(BASE).transformer(), {"blocks": get_default_dynamic_int8_qconfig()})
+    quantized = quantize_dynamic(WanCheckpoint(BASE).transformer(), {"blocks": get_default_dynamic_int8_qconfig()})
     with pytest.raises(InputError, match="comes before quantization"):
         merge_lora(quantized, KOHYA)

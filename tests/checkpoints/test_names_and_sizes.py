@@ -13,7 +13,8 @@ from inferix import InputError
 from inferix.checkpoints.containers import infer_sizes, load_checkpoint, read_transformer
 from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.keys import diffusers_names
-from inferix.models.transformer import CausalWanTransformer, TransformerConfig
+from inferix.models.config import TransformerConfig
+from inferix.models.transformer import CausalWanTransformer
 
 SIZES_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 SIZES_1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
