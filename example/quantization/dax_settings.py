@@ -5,7 +5,6 @@ What DAX finds wrong with a file or a setting is an InputError here.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,7 +61,9 @@ def quantize(pipeline: Pipeline, qconfig_dict: dict, prompts: list[str]) -> None
 
     static = any(qconfig and qconfig.static for qconfig in qconfig_dict.values())
     if static and pipeline.process_group is not None:
-        raise InputError("qconfig: calibrate in one process (NPROC=1 SAVE_QUANTIZED=...), then LOAD_QUANTIZED in several")
+        raise InputError(
+            "qconfig: calibrate in one process (NPROC=1 SAVE_QUANTIZED=...), then LOAD_QUANTIZED in several"
+        )
     transformer = pipeline.pipeline.generator.model
     names = [name for name, _ in transformer.named_modules()]
     for key in qconfig_dict:
@@ -79,9 +80,9 @@ def quantize(pipeline: Pipeline, qconfig_dict: dict, prompts: list[str]) -> None
 
 def share_scales(pipeline: Pipeline) -> None:
     """Where several processes share a video, let a dynamic per-tensor scale be that of all their tokens."""
-    for module in pipeline.pipeline.generator.model.modules():
-        if pipeline.process_group is not None and hasattr(module, "qconfig"):
-            module.qconfig = replace(module.qconfig, process_group=pipeline.process_group)
+    from dax.quant.quantization import set_process_group
+
+    set_process_group(pipeline.pipeline.generator.model, pipeline.process_group)
 
 
 def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
