@@ -73,8 +73,8 @@ def save_quantized(model: nn.Module, folder: str | Path, metadata: Mapping[str, 
 def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     """Turn the float `model` into the 8-bit one that `save_quantized` wrote to `folder`, and return it.
 
-    The float weights are never looked at: let `model` be on the meta device, and none is ever in memory. The saved
-    tensors are mapped from the file, on the CPU: each is read when it is first used. Of the buffers that a state dict
+    The float weights are never looked at: let `model` be on the meta device, and none is ever in memory. The 8-bit
+    weights are mapped from the file, on the CPU: each is read when it is first used. Of the buffers that a state dict
     leaves out, those on the meta device are loaded; the others stay as the model's constructor made them.
 
     Raises ValueError, and leaves `model` as it was, where a file is missing, damaged or of another model.
@@ -136,21 +136,32 @@ def read_checkpoint(folder: Path, tensors: bool = True) -> Checkpoint:
         text = (folder / QCONFIG).read_bytes()
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+            state = {name: aligned(name, file.get_tensor(name)) for name in file.keys()} if tensors else {}
     except FileNotFoundError:
         raise ValueError(f"{folder} is no saved 8-bit model: it needs {QCONFIG} and {WEIGHTS}") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} holds a damaged file ({error}): save it again") from None
     if header.get(HASH) != hashlib.sha256(text).hexdigest():
         raise ValueError(f"{folder / QCONFIG} is not the one that {WEIGHTS} was saved with (its SHA-256 differs)")
-    content = json.loads(text)
-    qconfig_dict, metadata = read_qconfig_dict(content), check_metadata(content.get(METADATA, {}))
-    if tensors and TIED in header:
-        tied = check_metadata(json.loads(header[TIED]))
+    try:
+        content, tied = json.loads(text), check_metadata(json.loads(header.get(TIED, "{}")))
+        qconfig_dict = read_qconfig_dict(content)
+        metadata = check_metadata(content.get(METADATA, {}))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a damaged file ({error}): save it again") from None
+    if tensors:
         if tied.keys() & state.keys() or set(tied.values()) - state.keys():
             raise ValueError(f"{folder / WEIGHTS} ties tensors that it does not hold: save it again")
         state |= {name: state[owner] for name, owner in tied.items()}
     return Checkpoint(qconfig_dict, metadata, state)
+
+
+def aligned(name: str, tensor: Tensor) -> Tensor:
+    """Return `tensor`, copied if it is a float one that lies askew in the file.
+
+    The rounding of a float product depends on the alignment of its operands, to 64 bytes where torch allocates them.
+    """
+    return tensor if name.endswith(FIXED_TYPE) or tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def check_metadata(metadata: object) -> dict[str, str]:
