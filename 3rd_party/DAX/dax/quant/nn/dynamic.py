@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ from dax.quant.nn.linear import QuantizedLinear, is_empty
 from dax.quant.qscheme import per_token_symmetric
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch.distributed import ProcessGroup
 
 
@@ -21,6 +24,12 @@ class Linear(QuantizedLinear):
     process_group: ProcessGroup | None = None
     """Ranks that each hold some rows of every activation: a per-tensor scale is then that of all their rows. It belongs
     to a run: neither saved nor copied with the layer."""
+
+    @classmethod
+    def fuse(cls, linears: Sequence[Self]) -> Self:
+        fused = super().fuse(linears)
+        fused.process_group = linears[0].process_group
+        return fused
 
     def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return qdata [..., in] and float32 scales: [..., 1] per token, [] per tensor."""
