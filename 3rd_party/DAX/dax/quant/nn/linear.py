@@ -10,23 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dax.quant import functional as QF
+from dax.quant.devices import check_device
 from dax.quant.qscheme import per_channel_symmetric
 
 if TYPE_CHECKING:
     from typing import Self
 
     from dax.quant.quantization.qconfig import QConfig
-
-
-def check_device(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises RuntimeError if `device` is a GPU that cannot multiply `dtype`."""
-    if dtype == torch.int8 or device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        raise RuntimeError(
-            f"fp8 needs a GPU of compute capability 8.9 or more; {device} has {capability[0]}.{capability[1]}: use int8"
-        )
 
 
 class StraightThrough(torch.autograd.Function):
