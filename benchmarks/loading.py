@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from dax.quant.quantization import load_quantized, save_quantized
-from inferix.models.checkpoints import assign, read_distilled
+from inferix.checkpoints.containers import load_checkpoint
+from inferix.checkpoints.files import load_strict
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from run_self_forcing_quantized import quantize_transformer
 
@@ -49,7 +50,7 @@ def load(way: str, folder: Path) -> nn.Module:
     if way == "saved fp8":
         load_quantized(model, folder / "saved")
     else:
-        assign(model, read_distilled(folder / "checkpoint.pt", "generator"), folder)
+        load_strict(model, load_checkpoint(folder / "checkpoint.pt").state, folder)
     model.to(DEVICE, torch.bfloat16)
     if way == "bfloat16, then fp8":
         quantize_transformer(model)

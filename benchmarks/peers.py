@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inferix.runtime.memory import num_bytes
 from inferix.config import PipelineConfig
-from inferix.models.transformer import TransformerConfig
+from inferix.models.config import TransformerConfig
 
 
 def quantize_with_torchao(transformer: nn.Module) -> None:

@@ -64,8 +64,8 @@ class PipelineConfig:
     """Batch, latent frames of a clip, channels, latent height and width."""
     prompt_template: str | None = None
     """Prompts that a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
-    adapter: dict | None = None
-    """Rank and alpha of the LoRA that belongs to the model."""
+    adapter: dict[str, float] | None = None
+    """``rank`` and ``alpha`` of the LoRA that the config is for (LongLive), where its file does not say them."""
 
     def __post_init__(self) -> None:
         (*_, height, width), block = self.image_or_video_shape, self.num_frame_per_block
@@ -143,6 +143,11 @@ def read_mapping(value: object) -> dict:
     return value
 
 
+def read_adapter(value: object) -> dict[str, float]:
+    adapter = read_mapping(value)
+    return {key: read_float(adapter[key]) for key in ("rank", "alpha") if adapter.get(key)}
+
+
 READERS: dict[str, Callable] = {
     "denoising_step_list": read_steps,
     "timestep_shift": read_float,
@@ -153,7 +158,7 @@ READERS: dict[str, Callable] = {
     "prompt_switch": read_text,
     "image_or_video_shape": read_ints,
     "prompt_template": read_text,
-    "adapter": read_mapping,
+    "adapter": read_adapter,
 }
 """How the value of a key is read; the others are whole numbers."""
 

@@ -40,6 +40,20 @@ def small_config(name: str, folder: Path, **changes: str) -> Path:
     return path
 
 
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Return the relative error and the gain <actual, exact> / <exact, exact>, which shows a loss of magnitude."""
+    actual, exact = actual.double().flatten(), exact.double().flatten()
+    return ((actual - exact).norm() / exact.norm()).item(), (actual @ exact / (exact @ exact)).item()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def self_forcing() -> SelfForcingPipeline:
     """The golden Self-Forcing model, averaged weights, float32 on the CPU."""

@@ -5,12 +5,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from inferix.checkpoints.containers import read_transformer
+from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
 from inferix.errors import InputError
-from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
 from inferix.models.text_encoder import TextEncoder
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
-from inferix.models.vae import WanVAE
+from inferix.models.tiny_vae import TinyVAE
+from inferix.models.vae import VAE, WanVAE
+
+TINY_VAE = "taew2_1.pth"
 
 
 class WanCheckpoint:
@@ -20,13 +24,24 @@ class WanCheckpoint:
         folder: of either layout.
         transformer_weights: False leaves the transformer on the meta device, to load other weights into it; the base's own
             need not be there.
+        vae: ``full`` or ``tiny``.
+        tiny_vae_path: file of the tiny VAE; None: ``taew2_1.pth`` in ``folder`` or beside it.
 
     Raises:
         InputError: if ``folder`` or a file in it is missing, damaged or of another kind.
     """
 
-    def __init__(self, folder: str | Path, transformer_weights: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
+    ):
         self.folder = Path(folder)
+        if vae not in ("full", "tiny"):
+            raise InputError(f"the VAE is full or tiny, not {vae!r}")
+        self.vae_kind, self.tiny_vae_path = vae, tiny_vae_path
         self.transformer_weights = transformer_weights
         if not self.folder.is_dir():
             raise InputError(f"base model folder {folder} not found; weights/download.sh fetches Wan2.1-T2V-1.3B")
@@ -40,19 +55,29 @@ class WanCheckpoint:
             model = CausalWanTransformer(self.config)
         if self.transformer_weights:
             state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
-            assign(model, read_transformer(state), self.transformer_folder)
+            load_strict(model, read_transformer(state), self.transformer_folder)
         return model.eval().requires_grad_(False)
 
-    def vae(self) -> WanVAE:
+    def vae(self) -> VAE:
+        """Return the VAE, full or tiny."""
+        if self.vae_kind == "tiny":
+            return TinyVAE.from_file(self.find_tiny_vae())
         if not self.diffusers:
             return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
         folder = self.folder / "vae"
-        with reading(folder / "config.json"):
-            config = AutoencoderKLWan.load_config(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(config)
-        assign(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
+            model = AutoencoderKLWan.from_config(load_json(folder / "config.json"))
+        load_strict(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
         return WanVAE(model)
+
+    def find_tiny_vae(self) -> Path:
+        """Return the tiny VAE's file. Raises InputError where there is none."""
+        if self.tiny_vae_path is not None:
+            return Path(self.tiny_vae_path)
+        for path in (self.folder / TINY_VAE, self.folder.parent / TINY_VAE):
+            if path.is_file():
+                return path
+        raise InputError(f"{self.folder.parent / TINY_VAE} not found; ./weights/download.sh tiny fetches it")
 
     def text_encoder(self) -> TextEncoder:
         if self.diffusers:

@@ -29,6 +29,8 @@ class CausVidPipeline(Pipeline):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
     ):
         super().__init__(
             config_path,
@@ -39,15 +41,9 @@ class CausVidPipeline(Pipeline):
             device,
             dtype,
             transformer_weights,
+            vae,
+            tiny_vae_path,
         )
-
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``model.pt`` in the folder ``path``, or in its ``autoregressive_checkpoint`` folder, or the file itself."""
-        path = Path(path)
-        if path.is_dir():
-            downloaded = path / "autoregressive_checkpoint" / "model.pt"
-            path = downloaded if downloaded.is_file() else path / "model.pt"
-        self._load(path, "generator_ema" if use_ema else "generator")
 
     def stream(
         self,

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from inferix.checkpoints.containers import QuantizedWeight, dequantize, load_checkpoint, quantized_weights
+from inferix.checkpoints.files import load_strict
+from inferix.checkpoints.lora import merge_lora
 from inferix.config import ParallelConfig, load_config
 from inferix.errors import InputError
 from inferix.models.base_model import WanCheckpoint
-from inferix.models.checkpoints import assign, read_distilled
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.video import VideoWriter, safe_file_name
@@ -33,6 +35,8 @@ class Pipeline:
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
         transformer_weights: False leaves ``transformer`` on the meta device, for ``dax``'s ``load_quantized`` instead of
             ``load_checkpoint``: no float weight is loaded.
+        vae: ``full``, or ``tiny`` for TAEHV, a small decoder in its place.
+        tiny_vae_path: TAEHV's file; default: ``taew2_1.pth`` in the base model's folder, or in the folder of that.
 
     Raises:
         InputError: if a file is missing, damaged or does not fit.
@@ -50,16 +54,22 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
     ):
         self.config = load_config(config_path, default_config_path)
         self.parallel = parallel_config or ParallelConfig()
         cuda = torch.cuda.is_available()
         self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        base = WanCheckpoint(wan_base_model_path or self.default_base_model_path, transformer_weights)
+        base = WanCheckpoint(
+            wan_base_model_path or self.default_base_model_path, transformer_weights, vae, tiny_vae_path
+        )
         self.pipeline = CausalInferencePipeline(
             self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
         )
+        self.quantized_weights: dict[str, QuantizedWeight] = {}
+        """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
         self.is_main_process = self.parallel.rank == 0
         """Whether this process generates: the only one, or the first one of a job."""
         self._prompt_cache: tuple[tuple[str, ...], Tensor] | None = None
@@ -71,9 +81,33 @@ class Pipeline:
         """The transformer: what ``dax.quant.quantization.quantize_dynamic`` takes."""
         return self.pipeline.generator.model
 
-    def _load(self, path: Path, key: str) -> None:
-        assign(self.transformer, read_distilled(path, key), path)
+    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
+        """Load the transformer's weights from a file or a folder, of any container in docs/checkpoints.md.
+
+        Weights in 8 bits are dequantized; ``quantized_weights`` has them as they are in the file.
+
+        Args:
+            path: a file, or a folder that holds one checkpoint.
+            use_ema: take the averaged weights, ``generator_ema``, where the file has both.
+
+        Raises:
+            InputError: if it is missing, damaged or does not fit the base model.
+        """
+        checkpoint = load_checkpoint(path, use_ema)
+        load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
+        self.quantized_weights = quantized_weights(checkpoint)
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
+        """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
+
+        Return the number of modules that changed. Raises InputError, and changes nothing, where the file is damaged or is
+        for another model.
+        """
+        changed = merge_lora(self.transformer, path, strength, self.config.adapter)
+        for name in changed:
+            self.quantized_weights.pop(name, None)
+        return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
         """Move every part to the device in the dtype it runs in; ``low_memory``: no more of it there than necessary."""
@@ -124,13 +158,13 @@ class Pipeline:
 
 
 def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | None, description: str) -> list[Path]:
-    """Write pieces [B, t, 3, H, W] to B files while they are generated, with a progress bar; return the files."""
+    """Write pieces [B, t, 3, H, W] to B files while they are generated, with a progress bar; return the complete files."""
     with ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(path)) for path in paths]
         for piece in tqdm(pieces, total=num_blocks, desc=description, unit="block"):
             for writer, video in zip(writers, piece):
                 writer.write(video)
-    return paths
+    return [writer.result() for writer in writers if writer.frames]
 
 
 def file_stems(prompts: list[str], with_index: bool) -> list[str]:

@@ -16,10 +16,6 @@ from inferix.pipelines.pipeline import Pipeline, file_stems, write_videos
 class SelfForcingPipeline(Pipeline):
     """One video for every prompt; see ``Pipeline`` for the arguments."""
 
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``self_forcing_dmd.pt``: its ``generator_ema`` or its ``generator``."""
-        self._load(Path(path), "generator_ema" if use_ema else "generator")
-
     def stream(
         self,
         prompts: list[str] | Iterator[list[str]],

@@ -66,7 +66,7 @@ def test_path_that_does_not_exist(refused, flag):
 
 
 def test_checkpoint_folder_without_a_checkpoint(causvid_refused, tmp_path):
-    assert "model.pt not found" in causvid_refused(checkpoint_folder=tmp_path)
+    assert "holds no checkpoint" in causvid_refused(checkpoint_folder=tmp_path)
 
 
 class Code:
@@ -97,8 +97,8 @@ def test_truncated_checkpoint(refused, tmp_path, size):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({"generator_ema": {}}, "try --use_ema"),
-        ({"critic": {}}, "has no 'generator' (it holds: critic)"),
+        ({"generator_ema": {}}, "does not hold named weights"),
+        ({"critic": {}}, "holds no Wan transformer (it holds: critic)"),
         ({"generator": torch.zeros(2)}, "does not hold named weights"),
         ({"generator": {1: torch.zeros(2)}}, "does not hold named weights"),
         ({"generator": {"model.head.weight": torch.zeros(2)}}, "not the kind of model"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from inferix.errors import InputError
 from inferix.models import vae_decoder
 from inferix.models.vae import StreamingDecoder, WanVAE
-from inferix.models.vae_decoder import Clip, VAEDecoder
+from inferix.models.vae_decoder import FeatCache, VAEDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def library_decode(model: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def in_pieces(decoder: VAEDecoder, latents: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
-    clip = Clip()
+    clip = FeatCache()
     return [decoder(piece, clip) for piece in latents.split(lengths, dim=1)]
 
 
@@ -52,7 +52,7 @@ def test_like_the_library(base_dim, batch, lengths, size):
     latents = torch.randn(batch, sum(lengths), 16, *size)
     wanted, decoder = library_decode(model, latents), VAEDecoder(model)
     assert wanted.std() > 0.05
-    assert_same(decoder(latents, Clip()), wanted)
+    assert_same(decoder(latents, FeatCache()), wanted)
     pieces = in_pieces(decoder, latents, lengths)
     assert [piece.shape[1] for piece in pieces] == [4 * lengths[0] - 3] + [4 * length for length in lengths[1:]]
     assert_same(torch.cat(pieces, dim=1), wanted)
@@ -80,26 +80,26 @@ def test_streams_do_not_disturb_each_other():
         assert_same(torch.cat(actual, dim=1), clip)
     del streams, pieces, actual
     gc.collect()
-    assert len(vae.idle) == 2
+    assert len(vae.pool) == 2
     assert_same(vae.decode(latents[0]), wanted[0])
     vae.decode(latents[0].repeat(2, 1, 1, 1, 1))
-    assert [decoder.shape for decoder in vae.idle] == [(2, 2, 4)]
+    assert [decoder.shape for decoder in vae.pool] == [(2, 2, 4)]
 
 
 def test_with_little_memory_it_is_the_same():
     vae = WanVAE(library_model())
     latents = torch.randn(1, 7, 16, 2, 4)
     wanted = vae.decode(latents)
-    vae.frugal = True
+    vae.low_memory = True
     assert_same(vae.decode(latents), wanted)
-    assert vae.idle[0].frugal
+    assert vae.pool[0].low_memory
 
 
 def test_zeros_stay_finite():
     decoder = VAEDecoder(library_model())
     for weight in decoder.parameters():
         weight.zero_()
-    assert_same(decoder(torch.zeros(1, 2, 16, 2, 2), Clip()), torch.full((1, 5, 3, 16, 16), 0.5))
+    assert_same(decoder(torch.zeros(1, 2, 16, 2, 2), FeatCache()), torch.full((1, 5, 3, 16, 16), 0.5))
 
 
 def test_another_vae_is_refused():

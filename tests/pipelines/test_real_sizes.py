@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inferix import CausVidPipeline, InputError, SelfForcingPipeline
-from inferix.models.checkpoints import read_transformer
+from inferix.checkpoints.containers import read_transformer
 
 Shapes = dict[str, tuple[int, ...]]
 
