@@ -146,4 +146,5 @@ def test_causvid_video(causvid):
 
 def test_every_golden_tensor_was_compared():
     files = {path.stem: set(load_file(path)) for path in (GOLDEN / "expected").glob("*.safetensors")}
+    del files["taehv"]  # compared in models/test_tiny_vae.py
     assert checked == files
