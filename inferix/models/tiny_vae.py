@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from inferix.errors import InputError
 from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, load_strict
+from inferix.errors import InputError
 from inferix.models.vae import VAE
 from inferix.models.vae_decoder import FeatCache, compiled_on_gpu, conv3d, frozen, rows
 
