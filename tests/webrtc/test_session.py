@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import aioice.ice
@@ -116,24 +115,17 @@ def test_frames_beyond_ten_seconds_push_out_the_oldest(frames, dropped):
 # --- addresses
 
 
-@contextmanager
-def page(capsys, **options):
-    """A served session, and its address."""
-    with serve(WebRTCConfig(port=0, **options)) as session:
-        yield session, capsys.readouterr().out.split()[-1]
-
-
 OTHERS = aioice.ice.get_host_addresses(True, True)
 
 
 @pytest.mark.parametrize(
     "loopback", [True, pytest.param(False, marks=pytest.mark.skipif(not OTHERS, reason="no network"))]
 )
-def test_a_page_at_the_loopback_address_is_reached(capsys, loopback):
+def test_a_page_at_the_loopback_address_is_reached(loopback):
     """From that address, and from another that the browser hides, as Firefox does."""
 
-    async def body(session, url):
-        async with ClientSession(url) as http:
+    async def body(session):
+        async with ClientSession(session.url) as http:
             viewer = Viewer(http)
             await viewer.connect(loopback)
             await until(http, lambda now: now["viewers"] == 1)
@@ -143,9 +135,9 @@ def test_a_page_at_the_loopback_address_is_reached(capsys, loopback):
             await until(http, lambda now: now["viewers"] == 0)
 
     found = aioice.ice.get_host_addresses
-    with page(capsys) as (session, url):
-        assert urlsplit(url).hostname == "127.0.0.1"
-        asyncio.run(body(session, url))
+    with serve(WebRTCConfig(port=0)) as session:
+        assert urlsplit(session.url).hostname == "127.0.0.1"
+        asyncio.run(body(session))
         assert aioice.ice.get_host_addresses is found  # nothing is replaced for the whole process
 
 
@@ -161,12 +153,12 @@ def test_an_address_that_cannot_be_had(host):
         pass
 
 
-def test_two_servers_in_one_process(capsys):
-    async def body(url):
-        async with ClientSession(url) as http:
+def test_two_servers_in_one_process():
+    async def prompt(session):
+        async with ClientSession(session.url) as http:
             return (await state(http))["prompt"]
 
-    with page(capsys) as (one, first), page(capsys) as (other, second):
+    with serve(WebRTCConfig(port=0)) as one, serve(WebRTCConfig(port=0)) as other:
         one.announce("a", None)
         other.announce("b", None)
-        assert [asyncio.run(body(url)) for url in (first, second)] == ["a", "b"]
+        assert [asyncio.run(prompt(session)) for session in (one, other)] == ["a", "b"]
