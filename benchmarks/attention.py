@@ -68,7 +68,9 @@ def main() -> None:
                 for name, attend in ways.items():
                     error, gain = relative_error_and_gain(attend().view(exact.shape), exact)
                     ms = statistics.median(repeat(attend, clock, 10))
-                    rows.append([name, str(heads), str(blocks * TOKENS), str(mean), f"{error:.4f}", f"{gain:.4f}", f"{ms:.3f}"])
+                    rows.append(
+                        [name, str(heads), str(blocks * TOKENS), str(mean), f"{error:.4f}", f"{gain:.4f}", f"{ms:.3f}"]
+                    )
                     print(" ".join(rows[-1]), flush=True)
     print(f"\n{machine_name()}, torch {torch.__version__}\n")
     print(markdown_table(["kernel", "heads", "keys", "mean / spread", "relative error", "gain", "ms"], rows))

@@ -1,13 +1,17 @@
 """What the benchmarks share: models of random weights, a clock, errors, tables and plots."""
 
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "3rd_party/DAX")]  # so that a checkout runs without being installed
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -18,6 +22,8 @@ from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.models.vae import WanVAE
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+
+OUTPUT_FOLDER = Path(os.environ.get("OUTPUT_FOLDER") or ROOT / "outputs")
 
 SAMPLERS = {
     "self_forcing": PipelineConfig((1000, 750, 500, 250), warp_denoising_step=True, timestep_shift=5.0),
@@ -123,23 +129,28 @@ class Clock:
         return start.elapsed_time(end)
 
 
+def timed(function: Callable[[], object], clock: Clock) -> float:
+    """Return the milliseconds of one call."""
+    start = clock.now()
+    function()
+    return clock.between(start, clock.now())
+
+
 def repeat(function: Callable[[], object], clock: Clock, times: int) -> list[float]:
     """Return the milliseconds of each call, after one that is not counted."""
     function()
-    result = []
-    for _ in range(times):
-        start = clock.now()
-        function()
-        result.append(clock.between(start, clock.now()))
-    return result
+    return [timed(function, clock) for _ in range(times)]
 
 
 @torch.no_grad()
-def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, repeats: int) -> list[list[float]]:
-    """Return the milliseconds of one block, all steps and the cache update, at each place in the window, run by run."""
+def block_functions(pipeline: CausalInferencePipeline, embeds: Tensor) -> Iterator[Callable[[], None]]:
+    """Yield what computes one block, all steps and the cache update, at each place in the window.
+
+    On several ranks all of them call the same function. It is valid until the next one is asked for.
+    """
     shape = pipeline.config.image_or_video_shape
     plan = pipeline.plan(shape, 0, shape[1])
-    kv_cache, times = pipeline.new_cache(plan), []
+    kv_cache = pipeline.new_cache(plan)
     pipeline.generator.set_prompt(embeds)
     for start, size in plan.blocks():
         rotary_emb = pipeline.set_positions(range(start, start + size), plan, kv_cache)
@@ -149,8 +160,13 @@ def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock,
             x0 = pipeline.denoise_block(noise, pipeline.generator.steps, rotary_emb, kv_cache, None)
             pipeline.generator.predict_flow(x0, pipeline.config.context_noise, rotary_emb, kv_cache)
 
-        times.append(repeat(block, clock, repeats))
-    return times
+        yield block
+
+
+@torch.no_grad()
+def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, repeats: int) -> list[list[float]]:
+    """Return the milliseconds of one block at each place in the window, run by run."""
+    return [repeat(block, clock, repeats) for block in block_functions(pipeline, embeds)]
 
 
 @torch.no_grad()
@@ -205,7 +221,9 @@ def write_report(path: Path, results: Mapping) -> None:
     """Write ``results`` as JSON, together with the machine and the PyTorch version."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine_name(), "torch": torch.__version__, "command": sys.argv, **results}
-    path.write_text(json.dumps(report, indent=1, allow_nan=False))
+    complete = path.with_suffix(".tmp")  # a run that is cut off leaves the last report whole
+    complete.write_text(json.dumps(report, indent=1, allow_nan=False))
+    complete.replace(path)
 
 
 @contextmanager
@@ -226,5 +244,3 @@ def axes(path: Path, width: float = 8, height: float = 4):
 
 def median_seconds(milliseconds: list[float]) -> float:
     return statistics.median(milliseconds) / 1000
-
-

@@ -23,17 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
 
 import torch
+from inferix.pipelines.inference import CausalInferencePipeline
+from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 import quantization
 from inferix.cli.devices import parallel_config
 from inferix.cli.main import run
-from inferix.runtime.memory import num_bytes
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.vae import StreamingDecoder
-from inferix.pipelines.inference import CausalInferencePipeline
-from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip
+from inferix.runtime.memory import num_bytes
 from run_self_forcing_quantized import quantize_transformer
 
 SAMPLERS = {

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from inferix.runtime.memory import num_bytes
 from inferix.config import PipelineConfig
 from inferix.models.config import TransformerConfig
+from inferix.runtime.memory import num_bytes
 
 
 def quantize_with_torchao(transformer: nn.Module) -> None:

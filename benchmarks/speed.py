@@ -6,18 +6,16 @@ attention, from the same weights and draws. ``--help`` lists the flags.
 """
 
 import argparse
-import gc
-import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import (
     GEOMETRIES,
+    OUTPUT_FOLDER,
     SAMPLERS,
     Clock,
     Geometry,
@@ -35,72 +33,13 @@ from common import (
     time_blocks,
     write_report,
 )
-from peers import block_figures, measure_flashdreams, quantize_with_torchao
-from torch import Tensor, nn
+from peers import block_figures, measure_flashdreams
+from settings import SETTINGS, build, denoise_clip, free_memory, missing
+from torch import Tensor
 
-from dax.quant.quantization import qconfig as qconfigs
-from dax.quant.quantization import quantize_dynamic
 from inferix.errors import InputError
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def dax(make_qconfig: Callable) -> Callable[[nn.Module], object]:
-    """Return a function that quantizes a transformer as the scripts do."""
-    return lambda model: quantize_dynamic(model, {"": make_qconfig(), "condition_embedder": None, "proj_out": None})
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the tables."""
-
-    quantize: Callable[[nn.Module], object] | None = None
-    kv_cache_dtype: str = "auto"
-    offload: bool = False
-    max_error: float = 0.03
-    """Relative error of a block's latents above which the row is marked."""
-    package: str | None = None
-    """The other library that this row measures."""
-
-
-FP8 = dax(qconfigs.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig)
-INT8 = dax(qconfigs.get_dynamic_int8_per_token_act_per_channel_weight_qconfig)
-SETTINGS = {
-    "bf16": Setting(),
-    "fp8": Setting(FP8, max_error=0.07),
-    "fp8+fp8kv": Setting(FP8, "fp8", max_error=0.075),
-    "bf16+fp8kv": Setting(None, "fp8", max_error=0.045),
-    "int8": Setting(INT8),
-    "fp8-tensor": Setting(dax(qconfigs.get_default_dynamic_fp8_qconfig), max_error=0.09),
-    "int8-tensor": Setting(dax(qconfigs.get_default_dynamic_int8_qconfig), max_error=0.05),
-    "fp8+fp8kv+offload": Setting(FP8, "fp8", offload=True, max_error=0.075),
-    "torchao-fp8": Setting(quantize_with_torchao, max_error=0.07, package="torchao"),
-    "flashdreams": Setting(package="flashdreams"),
-}
-
-
-def missing(name: str) -> str | None:
-    """Return why a setting cannot be run here; None if it can."""
-    package = SETTINGS[name].package
-    if package is None:
-        return None
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed: pip install {package}, or leave {name} out of --settings"
-    if not torch.cuda.is_available():
-        return f"{name} is measured on a GPU alone; leave it out of --settings"
-    return None
-
-
-def build(geometry: Geometry, setting: Setting, device: torch.device, dtype: torch.dtype) -> CausalInferencePipeline:
-    checkpoint = RandomCheckpoint(geometry, device, dtype)
-    pipeline = CausalInferencePipeline(geometry.config, checkpoint, device, dtype, enable_kv_offload=setting.offload)
-    pipeline.to_device()
-    pipeline.set_kv_cache_dtype(setting.kv_cache_dtype)
-    if setting.quantize is not None:
-        setting.quantize(pipeline.generator.model)
-    return pipeline
 
 
 @torch.no_grad()
@@ -115,23 +54,11 @@ def decode_clip(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock)
     return {"clip_ms": clock.between(start, clock.now()), "first_frames_ms": clock.between(start, first)}
 
 
-@torch.no_grad()
-def denoise_clip(pipeline: CausalInferencePipeline, embeds: Tensor) -> None:
-    generator = torch.Generator(pipeline.device).manual_seed(0)
-    noise = pipeline.draw(pipeline.config.image_or_video_shape, generator)
-    for _ in pipeline.denoise(noise, embeds, generator=generator):
-        pass
-
-
 def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: int) -> dict:
     """Return all figures of one setting."""
     setting, (device, dtype) = SETTINGS[name], default_device()
     clock = Clock(device)
-    if device.type == "cuda":
-        torch._dynamo.reset()
-        gc.collect()  # what was compiled refers to the model of the setting before
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory(device)
     if setting.package == "flashdreams":
         return measure_flashdreams(geometry.transformer, geometry.config, device, dtype, clock, repeats)
     embeds = random_prompt(geometry, device, dtype)
@@ -237,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=SAMPLERS, default="self_forcing")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--no_error", action="store_true", help="do not compute the float32 reference")
-    parser.add_argument("--output_folder", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
     args = parser.parse_args(argv)
     names = args.settings or [name for name in SETTINGS if not missing(name)]
     for name in names:

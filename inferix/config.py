@@ -85,6 +85,7 @@ class PipelineConfig:
                 len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
                 "image_or_video_shape of 5 sizes",
             ),
+            (self.adapter is None or min(self.adapter.values(), default=1) > 0, "adapter with rank and alpha above 0"),
             (height % 2 == 0 and width % 2 == 0, "image_or_video_shape with even height and width"),
         ):
             if not fulfilled:

@@ -4,7 +4,6 @@ import filecmp
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +20,7 @@ from dax.quant.quantization import (
     quantize_dynamic,
     read_qconfig_dict,
     save_quantized,
+    set_process_group,
 )
 from dax.quant.quantization.qconfig import (
     get_default_dynamic_fp8_qconfig,
@@ -78,7 +78,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         quantize_with(pipeline, read_qconfig_file(args.qconfig), [prompt])
     elif not args.load_quantized and not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
-    share_scales(pipeline)
+    set_process_group(transformer, pipeline.process_group)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if not pipeline.is_main_process:  # the other ranks have no text encoder
         return
@@ -167,13 +167,6 @@ def generate_clip(pipeline: Pipeline, prompt: str, seed: int, num_frames: int | 
 
 
 # --- several processes, text encoder, saved weights
-
-
-def share_scales(pipeline: Pipeline) -> None:
-    """Where several processes share a video, let a dynamic per-tensor scale be that of all their tokens."""
-    for module in pipeline.transformer.modules():
-        if pipeline.process_group is not None and hasattr(module, "qconfig"):
-            module.qconfig = replace(module.qconfig, process_group=pipeline.process_group)
 
 
 def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:

@@ -8,10 +8,10 @@ from diffusers import AutoencoderKLWan
 from inferix.checkpoints.containers import read_transformer
 from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
 from inferix.errors import InputError
-from inferix.models.text_encoder import TextEncoder
 from inferix.models.config import TransformerConfig
-from inferix.models.transformer import CausalWanTransformer
+from inferix.models.text_encoder import TextEncoder
 from inferix.models.tiny_vae import TinyVAE
+from inferix.models.transformer import CausalWanTransformer
 from inferix.models.vae import VAE, WanVAE
 
 TINY_VAE = "taew2_1.pth"

@@ -82,6 +82,8 @@ class KVCache:
             self.sink_keys = torch.zeros(sinks, device=device, dtype=compute_dtype)
         self.graphs = CUDAGraphs() if device.type == "cuda" else None
         """Captured forwards that read and write this cache."""
+        self.recached = False
+        """Whether a whole window has been run once, which compiles."""
         self.allocate()
 
     def allocate(self) -> None:

@@ -1,7 +1,7 @@
 """CausVid (https://arxiv.org/abs/2412.07772): long videos as rollouts that overlap."""
 
 from collections.abc import Iterable, Iterator
-from itertools import cycle, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -75,7 +75,10 @@ class CausVidPipeline(Pipeline):
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
         start_latents = None
         for prompt in islice(each_rollout(prompts), num_rollout):
-            embeds = self._embeddings([text] for text in (repeat(prompt) if isinstance(prompt, str) else prompt))
+            if isinstance(prompt, str):
+                embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
+            else:
+                embeds = self._embeddings([text] for text in prompt)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]

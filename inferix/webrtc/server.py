@@ -238,10 +238,9 @@ def gather_from(peer: RTCPeerConnection, addresses: list[str]) -> None:
     """
     for transceiver in peer.getTransceivers():
         connection = transceiver.sender.transport.transport.iceGatherer._connection
-        gather = connection.get_component_candidates
 
-        def gather_own(component: int, addresses_found: list[str], gather=gather, **options):
-            return gather(component=component, addresses=addresses, **options)
+        def gather_own(gather=connection.get_component_candidates, **arguments):
+            return gather(**arguments | {"addresses": addresses})
 
         connection.get_component_candidates = gather_own
 
@@ -252,7 +251,7 @@ async def read_text(request: web.Request, key: str) -> str:
         raise web.HTTPUnsupportedMediaType(text="send application/json")
     try:
         value = json.loads(await request.read())[key]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, web.RequestPayloadError):  # the last: broken compression
         raise web.HTTPBadRequest(text=f"send a JSON object with '{key}'") from None
     if not isinstance(value, str):
         raise web.HTTPBadRequest(text=f"'{key}' is a text")

@@ -16,6 +16,7 @@ from inferix import InputError, SelfForcingPipeline
 from inferix.checkpoints.containers import load_checkpoint, read_transformer
 from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora, read_lora
+from inferix.config import load_config
 from inferix.models.base_model import WanCheckpoint
 from inferix.models.transformer import CausalWanTransformer
 
@@ -97,11 +98,24 @@ def test_longlive(golden):
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_longlives_config_says_rank_and_alpha():
-    pipeline = SelfForcingPipeline(GOLDEN / "configs/longlive.yaml", wan_base_model_path=BASE, device="cpu")
-    assert pipeline.config.adapter == ADAPTER
+def test_a_pipelines_config_says_rank_and_alpha(tmp_path):
+    config = tmp_path / "longlive.yaml"
+    config.write_text((GOLDEN / "configs/longlive.yaml").read_text().replace("alpha: 8", "alpha: 16"))
+    pipeline = SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu")
     pipeline.load_checkpoint(LONGLIVE / "longlive_base.pt")
     assert pipeline.load_lora(LONGLIVE / "lora.pt") == 20
+    expected = load(LONGLIVE / "longlive_base.pt")
+    merge_lora(expected, LONGLIVE / "lora.pt", strength=2.0, adapter=ADAPTER)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(pipeline.pipeline.generator.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("adapter", ["lora", "[1, 2]", "{alpha: many}", "{rank: -8, alpha: 8}"])
+def test_an_adapter_that_is_none(tmp_path, adapter):
+    config = tmp_path / "odd.yaml"
+    config.write_text(f"{CONFIG.read_text()}\nadapter: {adapter}\n")
+    with pytest.raises(InputError, match="odd.yaml has a wrong value"):
+        load_config(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
