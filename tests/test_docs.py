@@ -26,6 +26,7 @@ from dax.quant.quantization import read_qconfig_dict
 from inferix import CausVidPipeline, SelfForcingPipeline
 from inferix.cli import arguments, model_paths, preflight
 from inferix.cli.main import run
+from inferix.cli.presets import PRESETS
 from inferix.config import PipelineConfig, load_config
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.video import wait_for_writers
@@ -266,6 +267,14 @@ def test_keys_of_a_config():
         value, expected = re.match(r"`([^`]+)`", default), fields[names(key)[0]]
         if value and value[1] not in fields:
             assert yaml.safe_load(value[1]) == (list(expected) if isinstance(expected, tuple) else expected), key
+
+
+def test_published_models():
+    rows = {names(row[0])[0]: row[1:] for row in table("docs/checkpoints.md", "## Published models")}
+    assert rows.keys() == PRESETS.keys()
+    for name, (script, *_, config, _, licence) in rows.items():
+        preset = PRESETS[name]
+        assert (script, names(config), licence) == (preset.script, [preset.config], preset.licence)
 
 
 def test_imports_point_down_the_list():
