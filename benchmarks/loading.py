@@ -1,6 +1,6 @@
 """Seconds and memory to load the 1.3B transformer (random weights): bfloat16, quantized after loading, and saved in 8 bits.
 
-    .venv/bin/python tests/measure_loading.py            # needs 8 GB of disk under TMPDIR, and 6 GB of memory
+    .venv/bin/python benchmarks/loading.py            # needs 8 GB of disk under TMPDIR, and 6 GB of memory
 
 Each way is a process of its own that finds the file out of the page cache. Time and memory count from the end of the
 imports until every weight has been read (on a GPU: is there). The peak is that of the process, files mapped included.
@@ -24,7 +24,7 @@ from dax.quant.quantization import load_quantized, save_quantized
 from inferix.checkpoints.containers import load_checkpoint
 from inferix.checkpoints.files import load_strict
 from inferix.models.transformer import CausalWanTransformer, TransformerConfig
-from run_self_forcing_quantized import quantize_transformer
+from quantization import quantize_transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ("bfloat16", "bfloat16, then fp8", "saved fp8")
