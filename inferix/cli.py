@@ -23,7 +23,7 @@ from inferix.config import ParallelConfig
 from inferix.errors import InputError
 from inferix.models.base_model import BaseModel
 from inferix.pipelines.base import Pipeline
-from inferix.video import VideoWriter, count_frames, wait_for_writers
+from inferix.video import count_frames, remove_partials, wait_for_writers
 
 SECONDS_TO_END = 5
 """What a process gets to end in order when its job has failed."""
@@ -57,7 +57,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped", file=sys.stderr)
-        if argv is None:  # all files are closed: spare whoever waits that the interpreter takes torch apart
+        if argv is None:  # spare whoever waits that the interpreter takes torch apart
+            remove_partials()
             sys.stdout.flush()
             os._exit(130)
         return 130
@@ -84,8 +85,7 @@ def end_with_the_job() -> None:
         while os.read(told, 1)[0] != signal.SIGTERM:
             pass
         time.sleep(SECONDS_TO_END)
-        for path in list(VideoWriter.partials):
-            path.unlink(missing_ok=True)
+        remove_partials()
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
