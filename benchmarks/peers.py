@@ -7,9 +7,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from inferix import cli
 from inferix.config import PipelineConfig
-from inferix.models.transformer import TransformerConfig
+from inferix.models.config import TransformerConfig
+from inferix.runtime.memory import num_bytes
 
 
 def quantize_with_torchao(transformer: nn.Module) -> None:
@@ -72,7 +72,7 @@ def measure_flashdreams(
     blocks(count, count + 2, cache)  # warms up, and captures
     full = statistics.median(blocks(count + 2, count + 2 + repeats, cache))
     return {
-        "weights_gb": cli.weight_bytes(model) / 1e9,
+        "weights_gb": num_bytes(model) / 1e9,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cold_start_s": cold,
         **block_figures(list(zip(*runs))),

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -64,8 +64,8 @@ class PipelineConfig:
     """Batch, latent frames of a clip, channels, latent height and width."""
     prompt_template: str | None = None
     """Prompts that a small model understands: ``{a|b}`` marks a choice. None: any prompt."""
-    adapter: dict | None = None
-    """Rank and alpha of the LoRA that belongs to the model."""
+    adapter: dict[str, float] | None = None
+    """``rank`` and ``alpha`` of the LoRA that the config is for (LongLive), where its file does not say them."""
 
     def __post_init__(self) -> None:
         (*_, height, width), block = self.image_or_video_shape, self.num_frame_per_block
@@ -85,6 +85,7 @@ class PipelineConfig:
                 len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
                 "image_or_video_shape of 5 sizes",
             ),
+            (self.adapter is None or min(self.adapter.values(), default=1) > 0, "adapter with rank and alpha above 0"),
             (height % 2 == 0 and width % 2 == 0, "image_or_video_shape with even height and width"),
         ):
             if not fulfilled:
@@ -143,6 +144,11 @@ def read_mapping(value: object) -> dict:
     return value
 
 
+def read_adapter(value: object) -> dict[str, float]:
+    adapter = read_mapping(value)
+    return {key: read_float(adapter[key]) for key in ("rank", "alpha") if adapter.get(key)}
+
+
 READERS: dict[str, Callable] = {
     "denoising_step_list": read_steps,
     "timestep_shift": read_float,
@@ -153,7 +159,7 @@ READERS: dict[str, Callable] = {
     "prompt_switch": read_text,
     "image_or_video_shape": read_ints,
     "prompt_template": read_text,
-    "adapter": read_mapping,
+    "adapter": read_adapter,
 }
 """How the value of a key is read; the others are whole numbers."""
 
@@ -204,6 +210,19 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} has a wrong value: {error}") from None
+
+
+def with_size(config: PipelineConfig, height: int | None = None, width: int | None = None) -> PipelineConfig:
+    """Return ``config`` for videos of ``height`` x ``width`` pixels; None: as it says.
+
+    Raises InputError where one is no multiple of 16: 8 pixels are a latent pixel, 2 of those a token.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 16 or size % 16):
+            raise InputError(f"{name} must be a multiple of 16, not {size}")
+    *shape, old_height, old_width = config.image_or_video_shape
+    shape += [height // 8 if height else old_height, width // 8 if width else old_width]
+    return replace(config, image_or_video_shape=tuple(shape))
 
 
 def _read(name: str, value: object):

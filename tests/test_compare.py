@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
 
-from inferix import cli
+from inferix.cli.main import run
 
 RUNNERS = {name: load_runner(name) for name in ("self_forcing", "causvid")}  # they put their folder on the path
 run_compare = importlib.import_module("run_compare")
@@ -39,7 +39,7 @@ def flags(folder: Path, **changes: object) -> list[str]:
 def test_comparison(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("ffn: int8\nattn1.to_q: fp8\n")
     settings = ["--settings", "fp8", "int8", "fp8-static", "fp8+fp8kv", "fp8-outer", str(tmp_path / "mine.yaml")]
-    assert cli.run(run_compare.main, [*flags(tmp_path), *settings]) == 0
+    assert run(run_compare.main, [*flags(tmp_path), *settings]) == 0
     output = tmp_path / "output"
     names = ["fp8", "int8", "fp8-static", "fp8-fp8kv", "fp8-outer", "mine"]
     shown = {f"compare-{name}.mp4" for name in names} | {"side_by_side.png"}
@@ -158,15 +158,15 @@ def test_the_suggestion_keeps_its_word_and_both_runners_take_it(suggested, tmp_p
     assert printed.endswith(path.read_text())
     promise, content = path.read_text().splitlines()[0], yaml.safe_load(path.read_text())
     assert content.pop("") == "fp8" and content and set(content.values()) == {None}
-    assert cli.run(run_compare.main, [*flags(tmp_path, prompt="A cat"), "--settings", str(path)]) == 0
+    assert run(run_compare.main, [*flags(tmp_path, prompt="A cat"), "--settings", str(path)]) == 0
     _, figures = json.loads((tmp_path / "output/compare.json").read_text())["settings"]
     assert figures["clip_psnr"][0] >= 42 and f"PSNR {figures['clip_psnr'][0]:.1f} dB" in promise
 
     runner_flags = {"prompt": "A cat", "qconfig": path, "output_folder": tmp_path / "videos"}
-    assert cli.run(RUNNERS["self_forcing"].main, flags(tmp_path, **runner_flags)) == 0
+    assert run(RUNNERS["self_forcing"].main, flags(tmp_path, **runner_flags)) == 0
     argv = flags(tmp_path, **runner_flags, config_path=small_config("causvid/configs/causvid", tmp_path))
     argv = argv[:4] + ["--checkpoint_folder", str(CAUSVID), "--num_rollout", "1"] + argv[8:]
-    assert cli.run(RUNNERS["causvid"].main, argv) == 0
+    assert run(RUNNERS["causvid"].main, argv) == 0
     assert len(list((tmp_path / "videos").iterdir())) == 2
 
 
@@ -174,7 +174,7 @@ def test_causvid(tmp_path):
     """The other model, whose config has other steps: one rollout of it."""
     config = small_config("causvid/configs/causvid", tmp_path)
     argv = flags(tmp_path, prompt="A cat", config_path=config, checkpoint_path=CAUSVID, model="causvid")
-    assert cli.run(run_compare.main, [*argv, "--settings", "int8"]) == 0
+    assert run(run_compare.main, [*argv, "--settings", "int8"]) == 0
     _, figures = json.loads((tmp_path / "output/compare.json").read_text())["settings"]
     assert 30 < figures["clip_psnr"][0] < 100
 
@@ -199,7 +199,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, changes, complaint):
     Path("bad.yaml").write_text("blocks: int4")
     Path("unknown.yaml").write_text("block: int8")
     settings = {"settings": "fp8"} | changes
-    code = cli.run(run_compare.main, flags(tmp_path, **settings))
+    code = run(run_compare.main, flags(tmp_path, **settings))
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1), error
     assert error.startswith("error: ") and complaint in error

@@ -11,8 +11,8 @@ import export
 import generator
 import train
 import vae
+from inferix.checkpoints.containers import load_checkpoint
 from inferix.models.base_model import BaseModel
-from inferix.models.checkpoints import read_distilled
 from inferix.models.transformer import CausalWanTransformer
 from inferix.scheduler import FlowMatchScheduler
 from text import build_text_encoder, build_tokenizer
@@ -40,8 +40,8 @@ def test_exports_load_in_the_engine(tmp_path):
     assert_same_weights(base.transformer(), model)
     assert_same_weights(base.vae().model, autoencoder)
     assert_same_weights(base.text_encoder().model, encoder)
-    for key in ("generator", "generator_ema"):
-        state = read_distilled(tmp_path / export.SELF_FORCING, key)
+    for use_ema in (False, True):
+        state = load_checkpoint(tmp_path / export.SELF_FORCING, use_ema).state
         assert state.keys() == model.state_dict().keys()
 
 

@@ -6,10 +6,7 @@ by the harm done, and suggests a file for the runners' ``--qconfig``. ``--help``
 """
 
 import gc
-import itertools
 import json
-import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,19 +19,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "example/quantization")]  # so that a chec
 import torch
 from torch import Tensor
 
-import dax_settings
-import run_causvid_quantized
-import run_self_forcing_quantized
+import quantization
 from compare_report import FRAMES_AT_ONCE, Clip, Figures, peak_gb, plot, reset_peak, save_picture, side_by_side, table
-from inferix import CausVidPipeline, SelfForcingPipeline, cli
+from inferix import CausVidPipeline, SelfForcingPipeline
+from inferix.cli.arguments import Parser
+from inferix.cli.main import run
+from inferix.cli.model_paths import display_path, find_model_paths
+from inferix.cli.prompts import example_prompts
+from inferix.cli.report import common_prefixes, float_linear_names
 from inferix.errors import InputError
 from inferix.models.transformer import CausalWanTransformer
-from inferix.pipelines.base import Pipeline
+from inferix.pipelines.pipeline import Pipeline
+from inferix.runtime.memory import num_bytes
 from inferix.video import VideoWriter, safe_file_name
 
 MODELS = {
-    "self_forcing": (SelfForcingPipeline, run_self_forcing_quantized),
-    "causvid": (CausVidPipeline, run_causvid_quantized),
+    "self_forcing": SelfForcingPipeline,
+    "causvid": CausVidPipeline,
 }
 
 
@@ -80,7 +81,7 @@ def known_settings(last_block: int = 0) -> dict[str, Setting]:
 
 
 def parse_arguments(argv):
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", choices=MODELS, default="self_forcing", help="whose sampler and checkpoint (default: self_forcing)")
     add("--checkpoint_path", type=Path, help="Self-Forcing's file, or CausVid's folder")
@@ -104,22 +105,11 @@ def parse_arguments(argv):
 
 def load(args) -> Pipeline:
     """The pipeline in full precision, its transformer still where the checkpoint file is mapped."""
-    pipeline_class, runner = MODELS[args.model]
-    given = cli.Weights(args.config_path, args.wan_base_model_path, args.checkpoint_path)
-    weights = cli.find_weights(given, runner.REAL, runner.DEMO)
+    pipeline_class = MODELS[args.model]
+    weights = find_model_paths(args)
     pipeline = pipeline_class(weights.config, args.default_config_path, weights.base)
     pipeline.load_checkpoint(weights.checkpoint, use_ema=args.use_ema and args.model == "self_forcing")
     return pipeline
-
-
-def example_prompts(pipeline: Pipeline, count: int) -> list[str]:
-    """Prompts that the model knows, always the same choice among all where it knows only some."""
-    template = pipeline.config.prompt_template
-    if template is None:
-        return [pipeline.example_prompt()]
-    parts = [part.split("|") for part in re.split(r"[{}]", template)]
-    prompts = ["".join(words) for words in itertools.product(*parts)]
-    return random.Random(0).sample(prompts, min(count, len(prompts)))
 
 
 class Comparison:
@@ -145,8 +135,8 @@ class Comparison:
         self.parts.generator.model = model.eval().requires_grad_(False).to(self.pipeline.device, self.pipeline.dtype)
         self.parts.set_kv_cache_dtype(setting.kv_cache_dtype)
         if setting.qconfig_dict:
-            dax_settings.quantize(
-                self.pipeline, dax_settings.parse(setting.qconfig_dict, setting.name), self.prompts[:4]
+            quantization.quantize_with(
+                self.pipeline, quantization.parse_qconfig_dict(setting.qconfig_dict, setting.name), self.prompts[:4]
             )
         if self.pipeline.device.type == "cuda" and self.compiled:
             model.compile()
@@ -155,7 +145,7 @@ class Comparison:
     def clip(self, number: int) -> tuple[Tensor, Tensor]:
         """The video [T, 3, H, W] and the latents [F, 16, h, w] made of one of the prompts."""
         seed = (self.seed + number) % 2**63
-        made = dax_settings.clip(self.pipeline, self.prompts[number], seed, self.num_frames)
+        made = quantization.generate_clip(self.pipeline, self.prompts[number], seed, self.num_frames)
         return made[0][0], made[1][0].float()
 
     def measure(self, setting: Setting, show: Callable[[Tensor, Tensor], None] | None = None) -> Figures:
@@ -164,7 +154,7 @@ class Comparison:
         ``show`` is called with the reference's and the setting's video of each.
         """
         self.apply(setting)
-        figures = Figures(setting.name, weights_gb=cli.weight_bytes(self.parts.generator.model) / 1e9)
+        figures = Figures(setting.name, weights_gb=num_bytes(self.parts.generator.model) / 1e9)
         for number in range(len(self.prompts)):
             reset_peak()
             start = time.perf_counter()
@@ -204,8 +194,8 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     """Quantize each group of modules alone, and suggest which of them to keep as they are."""
     comparison.compiled = False  # it would take longer than so few clips
     comparison.measure(FULL)
-    linears = cli.linear_names(comparison.parts.generator.model)
-    full_gb = cli.weight_bytes(comparison.parts.generator.model) / 1e9
+    linears = float_linear_names(comparison.parts.generator.model)
+    full_gb = num_bytes(comparison.parts.generator.model) / 1e9
     alone = []
     for group in dict.fromkeys(group_of(name) for name in linears):
         alone.append(comparison.measure(Setting(group, {group: kind})))
@@ -222,7 +212,8 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     text = "\n".join(lines) + "\n"
     (folder / "suggested.yaml").write_text(text)
     print(
-        f"\nSuggested for {wanted:g} dB; saved as {cli.shown(folder / 'suggested.yaml')} for QCONFIG:\n\n{text}", end=""
+        f"\nSuggested for {wanted:g} dB; saved as {display_path(folder / 'suggested.yaml')} for QCONFIG:\n\n{text}",
+        end="",
     )
 
 
@@ -234,7 +225,7 @@ def fewest_kept(comparison: Comparison, kind: str, wanted: float, ranked: list[l
     few, many, found = 0, len(ranked), None
     while few < many:
         middle = (few + many) // 2
-        kept = cli.largest_covers(sum(ranked[:middle], []), sum(ranked, []))
+        kept = common_prefixes(sum(ranked[:middle], []), sum(ranked, []))
         setting = Setting(f"{middle} groups kept", {"": kind, **dict.fromkeys(kept)})
         figures = comparison.measure(setting)
         print(figures.line(), flush=True)
@@ -266,14 +257,13 @@ def write(folder: Path, stem: str, comparison: Comparison, markdown: str, result
 
 def main(argv=None):
     args = parse_arguments(argv)
-    cli.check_can_quantize(None)
-    files = {name: dax_settings.content(Path(name)) for name in args.settings if name not in known_settings()}
+    files = {name: quantization.read_yaml(Path(name)) for name in args.settings if name not in known_settings()}
     for name, content in files.items():
-        dax_settings.parse(content, name)  # refused before anything is made
+        quantization.parse_qconfig_dict(content, name)  # refused before anything is made
     pipeline = load(args)
     known = known_settings(pipeline.pipeline.generator.model.config.num_layers - 1)
     settings = [known.get(name) or Setting(Path(name).stem, files[name]) for name in args.settings]
-    prompts = args.prompts or example_prompts(pipeline, args.num_prompts)
+    prompts = args.prompts or example_prompts(pipeline.config, args.num_prompts)
     try:
         args.output_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -286,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run(main))

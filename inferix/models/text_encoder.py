@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle, load_sharded_safetensors, reading
+from inferix.checkpoints.files import (
+    DAMAGED,
+    StateDict,
+    load_json,
+    load_pickle,
+    load_sharded_safetensors,
+    load_strict,
+)
+from inferix.errors import InputError, input_errors
 from inferix.runtime.on_demand import OnDemandOffload
 
 RENAMES = {
@@ -68,7 +75,7 @@ def build_umt5(config: UMT5Config, state: StateDict, source: Path) -> UMT5Encode
         model = UMT5EncoderModel(config)
     if "shared.weight" in state:  # what files store once has two names in the model
         state = state | {"encoder.embed_tokens.weight": state["shared.weight"]}
-    assign(model, state, source)
+    load_strict(model, state, source)
     model.tie_weights()
     return model
 
@@ -77,8 +84,13 @@ def load_tokenizer(folder: Path):
     """Load a tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} holds no tokenizer.json; see weights/README.md")
-    with reading(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with input_errors(folder, OSError, ValueError, LookupError, TypeError, AttributeError, hint=DAMAGED):
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            if type(error) is Exception:  # the tokenizers library has no other class for a file that it cannot parse
+                raise ValueError(error) from None
+            raise
 
 
 class TextEncoder:
@@ -103,8 +115,7 @@ class TextEncoder:
     def from_diffusers(cls, folder: Path, text_len: int) -> "TextEncoder":
         """Load the folders ``text_encoder`` and ``tokenizer`` in ``folder``."""
         source = folder / "text_encoder"
-        with reading(source / "config.json"):
-            config = UMT5Config.from_json_file(source / "config.json")
+        config = UMT5Config.from_dict(load_json(source / "config.json"))
         model = build_umt5(config, load_sharded_safetensors(source, "model"), source)
         return cls(model, load_tokenizer(folder / "tokenizer"), text_len)
 

@@ -91,7 +91,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class FeatCache:
-    """The last two frames that each causal convolution read; zeros at the start of a clip."""
+    """The last frames that each causal convolution read; zeros at the start of a clip."""
 
     def __init__(self):
         self.first = True
@@ -103,17 +103,20 @@ class FeatCache:
         if self.last:
             torch._foreach_zero_(list(self.last.values()))
 
-    def prepend(self, reader: nn.Module, x: Tensor) -> Tensor:
-        """Return a buffer [B, 2+T, H, W, C] for x [B, T, H, W, C] that begins with the two frames before x."""
-        batch, time, *rest = x.shape
+    def prepend(self, reader: nn.Module, x: Tensor, num: int = 2, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a buffer [B, num+T, H, W, C] that begins with the ``num`` frames before x.
+
+        ``shape`` is that of the frames to follow [B, T, H, W, C]; None: that of x.
+        """
+        batch, time, *rest = shape or x.shape
         if reader not in self.last:
-            self.last[reader] = x.new_zeros(batch, 2, *rest)
-        frames = x.new_empty(batch, 2 + time, *rest)
-        frames[:, :2] = self.last[reader]
+            self.last[reader] = x.new_zeros(batch, num, *rest)
+        frames = x.new_empty(batch, num + time, *rest)
+        frames[:, :num] = self.last[reader]
         return frames
 
     def store(self, reader: nn.Module, frames: Tensor) -> None:
-        self.last[reader].copy_(frames[:, -2:])
+        self.last[reader].copy_(frames[:, -self.last[reader].shape[1] :])
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:

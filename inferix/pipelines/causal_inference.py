@@ -3,7 +3,8 @@
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from dataclasses import replace
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -17,52 +18,12 @@ from inferix.models.base_model import WanCheckpoint
 from inferix.models.causal_attention import rotate_sinks
 from inferix.models.kv_cache import KVCache, WindowConfig
 from inferix.models.kv_offload import OffloadedKVCache
-from inferix.models.scheduler import DenoisingStep, FlowMatchScheduler
+from inferix.models.scheduler import DenoisingStep
 from inferix.models.transformer import CausalWanTransformer, RotaryEmb
+from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, Workers
 from inferix.runtime.cuda_graphs import signature
-
-
-class WanDiffusionWrapper:
-    """The transformer, its noise schedule and the current prompt; ``model`` is what gets quantized."""
-
-    def __init__(self, model: CausalWanTransformer, config: PipelineConfig):
-        self.model = model
-        self.scheduler = FlowMatchScheduler(config.timestep_shift)
-        self.steps = self.scheduler.steps(config.denoising_step_list, config.warp_denoising_step)
-        first_chunk = config.denoising_step_list_first_chunk or config.denoising_step_list
-        self.first_chunk_steps = self.scheduler.steps(first_chunk, config.warp_denoising_step)
-        self.encoder_kv: list[tuple[Tensor, Tensor]] = []
-        """Every layer's cross-attention keys and values [B, L, H, d], always in the same memory."""
-
-    def set_prompt(self, prompt_embeds: Tensor) -> None:
-        """Compute the cross-attention keys and values of embeddings [B, L, text_dim]."""
-        new = self.model.embed_text(prompt_embeds)
-        if not self.encoder_kv or self.encoder_kv[0][0].shape != new[0][0].shape:
-            self.encoder_kv = new
-            return
-        for old_layer, new_layer in zip(self.encoder_kv, new):
-            for old, tensor in zip(old_layer, new_layer):
-                old.copy_(tensor)
-
-    def predict_flow(self, latents: Tensor, timestep: float, rotary_emb: RotaryEmb, kv_cache: KVCache) -> Tensor:
-        """Return the flow of latents [B, F, C, h, w] that are all at ``timestep``; valid until the next call.
-
-        On a GPU the forward is replayed from a CUDA graph, captured at the first call for these frames of the cache.
-        """
-        timesteps = torch.full((latents.shape[0], 1), timestep, device=latents.device, dtype=torch.float32)
-        graphs = kv_cache.graphs
-        if graphs is None:
-            return self.model(latents, timesteps, rotary_emb, self.encoder_kv, kv_cache)
-
-        def forward(latents: Tensor, timesteps: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return self.model(latents, timesteps, (cos, sin), self.encoder_kv, kv_cache)
-
-        if not graphs.graphs and (self.model.context_parallel is None or self.model.context_parallel.is_main_process):
-            tqdm.write("compiling for this GPU: 10 to 40 s, less where it was done before", file=sys.stderr)
-        memory, shapes = kv_cache.graph_key
-        return graphs((memory, latents.shape), (shapes, latents.shape), forward, latents, timesteps, *rotary_emb)
 
 
 class CausalInferencePipeline:
@@ -89,13 +50,18 @@ class CausalInferencePipeline:
         self.generator.model.context_parallel = self.context_parallel
         self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
-        self.text_encoder = base.text_encoder() if self.is_main_process else None
         self.vae = base.vae() if self.is_main_process else None
+        self.text_encoder = base.text_encoder() if self.is_main_process else None
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"
         self.low_memory = False
         self.kv_cache: KVCache | None = None
         self.cache_key: tuple = ()
+
+    def set_transformer(self, model: CausalWanTransformer) -> None:
+        """Generate with ``model``, of other sizes than the old one, from now on."""
+        model.context_parallel = self.context_parallel
+        self.generator = WanDiffusionWrapper(model, self.config)
 
     @property
     def enable_kv_offload(self) -> bool:
@@ -182,6 +148,7 @@ class CausalInferencePipeline:
         context = noise[:, :0] if context is None else context
         num_frames = noise.shape[1] if num_frames == -1 else num_frames
         plan = self.plan(noise.shape, context.shape[1], num_frames)
+        plan = replace(plan, prompts_change=not isinstance(prompt_embeds, Tensor))
         noise, context = (tensor.to(self.device, self.dtype) for tensor in (noise, context))
         embeds = repeat(prompt_embeds) if isinstance(prompt_embeds, Tensor) else prompt_embeds
         self.workers.start_clip(plan)
@@ -223,6 +190,8 @@ class CausalInferencePipeline:
             if prompt is not current:
                 self.switch_prompt(prompt, history, start, plan, kv_cache)
                 current = prompt
+            if start == 0:
+                self.capture_ahead(plan, kv_cache)
             rotary_emb = self.set_positions(range(start, start + size), plan, kv_cache)
             if start < plan.num_context_frames:
                 block = context[:, start : start + size]
@@ -235,6 +204,22 @@ class CausalInferencePipeline:
                 return
             self.generator.predict_flow(block, self.config.context_noise, rotary_emb, kv_cache)
             history.append(block)
+
+    def capture_ahead(self, plan: ClipPlan, kv_cache: KVCache) -> None:
+        """Compile and capture what the clip will need, before its first block, so that no later block waits for it."""
+        if kv_cache.graphs is None:
+            return
+        if self.is_main_process and not kv_cache.graphs.graphs:
+            tqdm.write("compiling for this GPU: 10 to 40 s, less where it was done before", file=sys.stderr)
+        window = kv_cache.window
+        for start, size in islice(plan.blocks(), 2 * -(-window.num_frames // plan.block_size)):
+            rotary_emb = self.set_positions(range(start, start + size), plan, kv_cache)
+            latents = torch.zeros(plan.batch, size, *plan.latent_shape, device=self.device, dtype=self.dtype)
+            self.generator.capture(latents, rotary_emb, kv_cache)
+        if plan.prompts_change and self.config.prompt_switch == "recache" and not kv_cache.recached:
+            frames = range(window.num_frames)
+            self.run_window(latents.new_zeros(plan.batch, len(frames), *plan.latent_shape), frames, plan, kv_cache)
+        kv_cache.reset()
 
     def block_noise(
         self, noise: Tensor | None, start: int, size: int, plan: ClipPlan, generator: torch.Generator | None
@@ -295,29 +280,37 @@ class CausalInferencePipeline:
         if rolled and self.config.global_sink:
             first += window.sink_size
         latents = torch.cat(list(history), dim=1)[:, first - start :]
-        rotary_emb = self.set_positions(range(first, start), plan, kv_cache, keep_sinks=not rolled or self.config.global_sink)
+        keep_sinks = not rolled or self.config.global_sink
+        self.run_window(latents, range(first, start), plan, kv_cache, keep_sinks)
+
+    def run_window(
+        self, latents: Tensor, frames: range, plan: ClipPlan, kv_cache: KVCache, keep_sinks: bool = True
+    ) -> None:
+        """Cache clean latents [B, F, C, h, w] of the last ``frames`` in the window anew, in one forward without a graph."""
+        rotary_emb = self.set_positions(frames, plan, kv_cache, keep_sinks)
         timestep = torch.full((plan.batch, 1), self.config.context_noise, device=self.device, dtype=torch.float32)
         self.generator.model(latents, timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
+        kv_cache.recached = True
 
     def new_cache(self, plan: ClipPlan) -> KVCache:
         """Return a cache for the whole clip, or for the rolling window of a longer one; the last clip's if it fits."""
         self.generator.model.fuse_qkv_projections()
         model, parallel = self.generator.model, self.context_parallel
         height, width = plan.latent_shape[-2:]
-        num_frames = self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        num_frames = (
+            self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        )
         tokens, heads = height * width // 4, model.config.num_heads
         if parallel is not None:
             tokens, heads = tokens // parallel.ring_size, heads // parallel.ulysses_size
         shape = (plan.batch, num_frames, tokens, heads, model.config.head_dim)
         sinks = min(self.config.sink_size, num_frames)
-        window = WindowConfig(num_frames, sinks, self.config.use_infinite_attention)
+        window = WindowConfig(num_frames, sinks, plan.block_size, self.config.use_infinite_attention)
         kind = OffloadedKVCache if self.enable_kv_offload else KVCache
         wanted = (kind, shape, window, self.kv_cache_dtype, signature(model))
         if self.kv_cache is None or self.cache_key != wanted:
             self.kv_cache = None  # free the old one, and the graphs that belong to it, first
-            self.kv_cache = kind(
-                model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype
-            )
+            self.kv_cache = kind(model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype)
             self.cache_key = wanted
         self.kv_cache.reset()
         return self.kv_cache

@@ -1,7 +1,7 @@
 """CausVid (https://arxiv.org/abs/2412.07772): long videos as rollouts that overlap."""
 
 from collections.abc import Iterable, Iterator
-from itertools import cycle, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -29,6 +29,10 @@ class CausVidPipeline(Pipeline):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
         super().__init__(
             config_path,
@@ -39,15 +43,11 @@ class CausVidPipeline(Pipeline):
             device,
             dtype,
             transformer_weights,
+            vae,
+            tiny_vae_path,
+            height,
+            width,
         )
-
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``model.pt`` in the folder ``path``, or in its ``autoregressive_checkpoint`` folder, or the file itself."""
-        path = Path(path)
-        if path.is_dir():
-            downloaded = path / "autoregressive_checkpoint" / "model.pt"
-            path = downloaded if downloaded.is_file() else path / "model.pt"
-        self._load(path, "generator_ema" if use_ema else "generator")
 
     def stream(
         self,
@@ -79,7 +79,10 @@ class CausVidPipeline(Pipeline):
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
         start_latents = None
         for prompt in islice(each_rollout(prompts), num_rollout):
-            embeds = self._embeddings([text] for text in (repeat(prompt) if isinstance(prompt, str) else prompt))
+            if isinstance(prompt, str):
+                embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
+            else:
+                embeds = self._embeddings([text] for text in prompt)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]

@@ -1,7 +1,7 @@
 """Self-Forcing (https://arxiv.org/abs/2506.08009) and its successors: text or image to a video of any length."""
 
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,6 @@ from inferix.pipelines.pipeline import Pipeline, file_stems, write_videos
 
 class SelfForcingPipeline(Pipeline):
     """One video for every prompt; see ``Pipeline`` for the arguments."""
-
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``self_forcing_dmd.pt``: its ``generator_ema`` or its ``generator``."""
-        self._load(Path(path), "generator_ema" if use_ema else "generator")
 
     def stream(
         self,
@@ -44,14 +40,14 @@ class SelfForcingPipeline(Pipeline):
         """
         given = 0 if image is None else 1
         self.num_blocks(num_output_frames, given)
-        embeds = self._embeddings(repeat(prompts) if isinstance(prompts, list) else prompts)
-        if (first := next(embeds, None)) is None:
+        changing = self._embeddings([prompts] if isinstance(prompts, list) else prompts)
+        if (first := next(changing, None)) is None:
             return
-        batch = first.shape[0]
+        batch, embeds = first.shape[0], first if isinstance(prompts, list) else chain([first], changing)
         context = None if image is None else self._encode_image(image, batch)
         num_frames = None if num_output_frames is None else num_output_frames - given
         noise = self._noise(batch, num_frames, generator)
-        blocks = self.pipeline.denoise(noise, chain_first(first, embeds), context, generator, num_frames)
+        blocks = self.pipeline.denoise(noise, embeds, context, generator, num_frames)
         decode = self.pipeline.vae.streaming_decoder()
         while (latents := self.timed("denoise", next, blocks, None)) is not None:
             yield self.timed("decode", decode, latents)
@@ -141,9 +137,3 @@ class SelfForcingPipeline(Pipeline):
         """Return one latent frame [B, 1, 16, h, w]."""
         image = image if image.ndim == 4 else image[None].expand(batch, -1, -1, -1)
         return self.pipeline.vae.encode(image[:, None])
-
-
-def chain_first(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield ``first`` and then ``rest``, which is asked no earlier than needed."""
-    yield first
-    yield from rest

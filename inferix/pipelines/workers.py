@@ -21,6 +21,8 @@ class ClipPlan:
     block_size: int
     latent_shape: tuple[int, int, int]
     """Channels, height and width of a latent frame."""
+    prompts_change: bool = False
+    """Whether the prompt may change between two blocks."""
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield first frame and number of frames of every block. A lone first frame (an image) is a block of its own."""

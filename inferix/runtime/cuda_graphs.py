@@ -31,10 +31,14 @@ class CUDAGraphs:
             function: what to capture.
             inputs: its arguments.
         """
+        self.capture(key, shapes, function, *inputs)
+        return self.graphs[key](*inputs)
+
+    def capture(self, key: Hashable, shapes: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        """Capture what a call with the same arguments would replay, unless that was done before."""
         if key not in self.graphs:
             self.graphs[key] = CapturedGraph(function, inputs, self.pool, warm_up=shapes not in self.warmed_up)
             self.warmed_up.add(shapes)
-        return self.graphs[key](*inputs)
 
 
 class CapturedGraph:

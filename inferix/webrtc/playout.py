@@ -32,7 +32,7 @@ class Playout:
         self.lock = threading.Lock()
         self.dropped = 0
         self.paused = False
-        self.starved = -math.inf
+        self.last_underrun = -math.inf
         """When the clock last found nothing new to play (``time.monotonic``)."""
         self.last: np.ndarray | None = None
         self.tick: asyncio.Future | None = None
@@ -69,7 +69,7 @@ class Playout:
     def _take(self) -> None:
         with self.lock:
             if not self.queue:
-                self.starved = time.monotonic()
+                self.last_underrun = time.monotonic()
             elif not self.paused:
                 self.last = self.queue.popleft()
 
