@@ -141,8 +141,8 @@ class VideoWriter:
         if size != self._size:
             raise ValueError(f"frames of {size} (height, width) in a video of {self._size}")
         for chunk in frames.detach().split(max(1, QUEUE_BYTES // 4 // (3 * size[0] * size[1]))):
-            room = max(QUEUE_BYTES - chunk.numel(), 0)  # a frame that is larger goes into an empty queue
-            while self._pending_bytes > room and not self._error:
+            limit = max(QUEUE_BYTES - chunk.numel(), 0)  # a frame that is larger goes into an empty queue
+            while self._pending_bytes > limit and not self._error:
                 self._pending_bytes -= self._encoded.get()
             self._raise_failure()
             self._pending.put(to_pixels(chunk))
@@ -329,10 +329,10 @@ class SegmentedVideoWriter:
             if self._writers[-1].frames == self._segment_frames:
                 self._writers[-1].__exit__(None, None, None)
                 self._begin_piece()
-            room = self._segment_frames - self._writers[-1].frames
-            self._writers[-1].write(frames[:room])
-            self.frames += len(frames[:room])
-            frames = frames[room:]
+            num_left = self._segment_frames - self._writers[-1].frames
+            self._writers[-1].write(frames[:num_left])
+            self.frames += len(frames[:num_left])
+            frames = frames[num_left:]
 
     def result(self) -> list[Path]:
         """Wait until all pieces are complete and return their files. Raises as ``VideoWriter.result``."""
