@@ -83,8 +83,7 @@ def finish_files() -> None:
 def remove_partials() -> None:
     """Remove the incomplete videos."""
     if video := sys.modules.get("inferix.video"):
-        for path in list(video.VideoWriter.partials):
-            path.unlink(missing_ok=True)
+        video.remove_partials()
 
 
 def watch_sigterm() -> None:
