@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import checkout  # noqa: F401
@@ -94,6 +95,17 @@ def drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the figures of every way as Markdown."""
+    columns = {"weights": "weights", "peak": "peak memory", "gpu_peak": "peak memory of the GPU"}
+    columns = {key: column for key, column in columns.items() if all(key in result for result in results.values())}
+    rows = [
+        [way, f"{result['seconds']:.1f}", *(format_bytes(result[key]) for key in columns)]
+        for way, result in results.items()
+    ]
+    return markdown_table(["way", "seconds", *columns.values()], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--geometry", choices=GEOMETRIES, default="1.3b")
@@ -115,17 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             results[way] = json.loads(output)
             write_report(args.output_folder / "loading.json", {"geometry": args.geometry, "ways": results})
             print(f"{way}: {results[way]['seconds']:.1f} s", flush=True)
-    rows = [
-        [
-            way,
-            format_bytes(r["weights"]),
-            f"{r['seconds']:.1f}",
-            *(format_bytes(r[k]) for k in ("peak", "gpu_peak") if k in r),
-        ]
-        for way, r in results.items()
-    ]
-    columns = ["way", "weights", "seconds", "peak memory", "peak memory of the GPU"]
-    print(f"\n{machine_name()}, {args.geometry}\n\n{markdown_table(columns[: len(rows[0])], rows)}")
+    print(f"\n{machine_name()}, {args.geometry}\n\n{table(results)}")
 
 
 if __name__ == "__main__":
