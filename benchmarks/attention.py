@@ -8,10 +8,12 @@ import argparse
 import statistics
 from collections.abc import Callable
 
+import checkout  # noqa: F401
 import torch
-from common import Clock, machine_name, markdown_table, relative_error_and_gain, repeat
+from common import Clock, repeat
 from torch import Tensor
 
+from inferix.cli.figures import machine_name, markdown_table, relative_error_and_gain
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast
 
@@ -68,7 +70,9 @@ def main() -> None:
                 for name, attend in ways.items():
                     error, gain = relative_error_and_gain(attend().view(exact.shape), exact)
                     ms = statistics.median(repeat(attend, clock, 10))
-                    rows.append([name, str(heads), str(blocks * TOKENS), str(mean), f"{error:.4f}", f"{gain:.4f}", f"{ms:.3f}"])
+                    rows.append(
+                        [name, str(heads), str(blocks * TOKENS), str(mean), f"{error:.4f}", f"{gain:.4f}", f"{ms:.3f}"]
+                    )
                     print(" ".join(rows[-1]), flush=True)
     print(f"\n{machine_name()}, torch {torch.__version__}\n")
     print(markdown_table(["kernel", "heads", "keys", "mean / spread", "relative error", "gain", "ms"], rows))

@@ -1,15 +1,15 @@
-"""What the benchmarks share: models of random weights, a clock, errors, tables and plots."""
+"""What the benchmarks share: models of random weights, a clock, latents."""
 
-import json
+import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from checkout import ROOT
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.models.vae import WanVAE
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+
+OUTPUT_FOLDER = Path(os.environ.get("OUTPUT_FOLDER") or ROOT / "outputs")
 
 SAMPLERS = {
     "self_forcing": PipelineConfig((1000, 750, 500, 250), warp_denoising_step=True, timestep_shift=5.0),
@@ -45,6 +47,27 @@ GEOMETRIES = {
         replace(SAMPLERS["self_forcing"], image_or_video_shape=(1, 21, 16, 16, 16)),
     ),
 }
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Add the flags of the programs that measure one model's clips."""
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="1.3b" if torch.cuda.is_available() else "demo")
+    parser.add_argument("--model", choices=SAMPLERS, default="self_forcing", help="whose sampler")
+    parser.add_argument("--num_frames", type=int, default=21, help="latent frames of a clip (default: 21)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
+    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
+
+
+def find_geometry(args: Namespace) -> Geometry:
+    """Return the geometry that ``--geometry``, ``--model`` and ``--num_frames`` describe."""
+    return with_sampler(GEOMETRIES[args.geometry], args.model, args.num_frames)
+
+
+def with_sampler(geometry: Geometry, model: str, num_frames: int) -> Geometry:
+    """Return ``geometry`` with the sampler of ``model`` and clips of ``num_frames`` latent frames."""
+    batch, _, *shape = geometry.config.image_or_video_shape
+    config = replace(SAMPLERS[model], image_or_video_shape=(batch, num_frames, *shape))
+    return replace(geometry, config=config)
 
 
 class RandomCheckpoint:
@@ -97,12 +120,6 @@ def default_device() -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def machine_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 class Clock:
     """Milliseconds between points on the device's own time line."""
 
@@ -123,23 +140,28 @@ class Clock:
         return start.elapsed_time(end)
 
 
+def timed(function: Callable[[], object], clock: Clock) -> float:
+    """Return the milliseconds of one call."""
+    start = clock.now()
+    function()
+    return clock.between(start, clock.now())
+
+
 def repeat(function: Callable[[], object], clock: Clock, times: int) -> list[float]:
     """Return the milliseconds of each call, after one that is not counted."""
     function()
-    result = []
-    for _ in range(times):
-        start = clock.now()
-        function()
-        result.append(clock.between(start, clock.now()))
-    return result
+    return [timed(function, clock) for _ in range(times)]
 
 
 @torch.no_grad()
-def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, repeats: int) -> list[list[float]]:
-    """Return the milliseconds of one block, all steps and the cache update, at each place in the window, run by run."""
+def block_functions(pipeline: CausalInferencePipeline, embeds: Tensor) -> Iterator[Callable[[], None]]:
+    """Yield what computes one block, all steps and the cache update, at each place in the window.
+
+    On several ranks all of them call the same function. It is valid until the next one is asked for.
+    """
     shape = pipeline.config.image_or_video_shape
     plan = pipeline.plan(shape, 0, shape[1])
-    kv_cache, times = pipeline.new_cache(plan), []
+    kv_cache = pipeline.new_cache(plan)
     pipeline.generator.set_prompt(embeds)
     for start, size in plan.blocks():
         rotary_emb = pipeline.set_positions(range(start, start + size), plan, kv_cache)
@@ -149,8 +171,13 @@ def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock,
             x0 = pipeline.denoise_block(noise, pipeline.generator.steps, rotary_emb, kv_cache, None)
             pipeline.generator.predict_flow(x0, pipeline.config.context_noise, rotary_emb, kv_cache)
 
-        times.append(repeat(block, clock, repeats))
-    return times
+        yield block
+
+
+@torch.no_grad()
+def time_blocks(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock, repeats: int) -> list[list[float]]:
+    """Return the milliseconds of one block at each place in the window, run by run."""
+    return [repeat(block, clock, repeats) for block in block_functions(pipeline, embeds)]
 
 
 @torch.no_grad()
@@ -183,48 +210,5 @@ def reference_latents(geometry: Geometry, device: torch.device) -> list[Tensor]:
     return clip_latents(pipeline, random_prompt(geometry, device, torch.float32))
 
 
-def errors_by_block(actual: list[Tensor], exact: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Return relative error and gain of every block."""
-    pairs = [relative_error_and_gain(*pair) for pair in zip(actual, exact)]
-    return [error for error, _ in pairs], [gain for _, gain in pairs]
-
-
-def relative_error_and_gain(actual: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return |actual - exact| / |exact|, and <actual, exact> / <exact, exact>, which shows a loss of magnitude."""
-    actual, exact = actual.double().flatten(), exact.double().flatten()
-    return ((actual - exact).norm() / exact.norm()).item(), (actual @ exact / (exact @ exact)).item()
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def write_report(path: Path, results: Mapping) -> None:
-    """Write ``results`` as JSON, together with the machine and the PyTorch version."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine_name(), "torch": torch.__version__, "command": sys.argv, **results}
-    path.write_text(json.dumps(report, indent=1, allow_nan=False))
-
-
-@contextmanager
-def axes(path: Path, width: float = 8, height: float = 4):
-    """Give matplotlib axes to draw on, and write the picture to ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, plot = pyplot.subplots(figsize=(width, height), layout="constrained")
-    yield plot
-    if plot.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def median_seconds(milliseconds: list[float]) -> float:
     return statistics.median(milliseconds) / 1000
-
-

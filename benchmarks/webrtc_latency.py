@@ -1,14 +1,17 @@
 """How long a viewer on this machine waits: for the first frame after opening the page, and for each frame after that.
 
-python tests/measure_webrtc.py
+python benchmarks/webrtc_latency.py
 """
 
 import asyncio
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+sys.path[1:1] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/webrtc")]
 
 import torch
 from aiohttp import ClientSession
@@ -16,7 +19,8 @@ from chromium import chromium
 from live import Script, until
 
 from inferix.video import FPS
-from inferix.webrtc import Live, WebRTCConfig
+from inferix.webrtc.server import serve
+from inferix.webrtc.session import Session, WebRTCConfig
 
 FIRST_FRAME = "performance.getEntriesByName('first-frame')[0]?.startTime"
 READ_CLOCK = """new Promise(done => {
@@ -48,18 +52,18 @@ def draw_clock() -> torch.Tensor:
     return bars.repeat_interleave(8).expand(1, 3, 128, 128)
 
 
-async def glass_to_glass(live: Live) -> list[float]:
+async def glass_to_glass(session: Session) -> list[float]:
     """Milliseconds from drawing a frame to seeing it on the page, frame by frame."""
     ended = threading.Event()
 
     def draw():
         while not ended.wait(1 / FPS):
-            live.playout.push(draw_clock())
+            session.playout.push(draw_clock())
 
     threading.Thread(target=draw).start()
     try:
         async with chromium() as page:
-            await page.open(live.server.url)
+            await page.open(session.url)
             await page.until(f"document.readyState === 'complete' && {FIRST_FRAME}", 30)
             return await page.run(READ_CLOCK)
     finally:
@@ -70,8 +74,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with Script("causvid", Path(folder) / "out", NUM_ROLLOUT="1000") as script:
             loads = [asyncio.run(page_load_to_first_frame(script.url())) for _ in range(5)]
-    with Live(WebRTCConfig(port=0)) as live:
-        delays = asyncio.run(glass_to_glass(live))
+    with serve(WebRTCConfig(port=0)) as session:
+        delays = asyncio.run(glass_to_glass(session))
     print(f"page load to first frame: {statistics.median(loads):.0f} ms ({min(loads):.0f} to {max(loads):.0f})")
     tenths = statistics.quantiles(delays, n=10)
     print(f"drawn to shown: {statistics.median(delays):.0f} ms (nine of ten frames within {tenths[-1]:.0f} ms)")

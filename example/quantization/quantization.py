@@ -1,10 +1,10 @@
 """Where DAX and the pipelines meet: how the runners quantize the transformer, from flags, a file or saved weights."""
 
 import filecmp
+import hashlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +17,13 @@ from dax.quant.quantization import (
     QConfig,
     convert,
     load_quantized,
+    matching_modules,
     prepare,
     quantize_dynamic,
+    read_metadata,
     read_qconfig_dict,
     save_quantized,
+    set_process_group,
 )
 from dax.quant.quantization.qconfig import (
     get_default_dynamic_fp8_qconfig,
@@ -28,8 +31,10 @@ from dax.quant.quantization.qconfig import (
     get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
     get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
 )
-from inferix.cli.model_paths import display_path
+from inferix.checkpoints.files import find_weights
+from inferix.cli.model_paths import display_path, resolve_model_paths
 from inferix.cli.prompts import example_prompt
+from inferix.cli.report import quantization_name
 from inferix.errors import InputError
 from inferix.models.text_encoder import TextEncoder
 from inferix.pipelines.pipeline import Pipeline
@@ -79,14 +84,14 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
     elif not args.load_quantized and not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
     take_over_weights(pipeline)
-    share_scales(pipeline)
+    set_process_group(transformer, pipeline.process_group)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if not pipeline.is_main_process:  # the other ranks have no text encoder
         return
     if not args.no_quantize and (pipeline.pipeline.low_memory or args.quantize_text_encoder):
         quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
     if args.save_quantized:
-        save_transformer(transformer, args.save_quantized)
+        save_transformer(transformer, args.save_quantized, describe_model(args))
 
 
 @contextmanager
@@ -143,9 +148,8 @@ def quantize_with(pipeline: Pipeline, qconfig_dict: QConfigDict, prompts: list[s
         raise InputError(
             "qconfig: calibrate in one process (NPROC=1 SAVE_QUANTIZED=...), then LOAD_QUANTIZED in several"
         )
-    names = [name for name, _ in transformer.named_modules()]
     for key in qconfig_dict:
-        if key and not any(name == key or name.endswith(f".{key}") for name in names):
+        if key and not matching_modules(transformer, key):
             raise InputError(f"qconfig: there is no module {key}; example/quantization/README.md has the names")
     prepare(transformer, qconfig_dict)
     if static:
@@ -189,13 +193,6 @@ def take_over_weights(pipeline: Pipeline) -> None:
     pipeline.quantized_weights = {}
 
 
-def share_scales(pipeline: Pipeline) -> None:
-    """Where several processes share a video, let a dynamic per-tensor scale be that of all their tokens."""
-    for module in pipeline.transformer.modules():
-        if pipeline.process_group is not None and hasattr(module, "qconfig"):
-            module.qconfig = replace(module.qconfig, process_group=pipeline.process_group)
-
-
 def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
     """Quantize every Linear of ``text_encoder``, one block after the other, so that a small GPU holds one at a time."""
     qconfigs = {
@@ -206,8 +203,24 @@ def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
         quantize_dynamic(block, {"": qconfigs[quant_type]()})
 
 
-def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """Save a quantized transformer.
+def describe_model(args: Namespace) -> dict[str, str]:
+    """Return which model a saved transformer is of: model family, checkpoint and its SHA-256, and settings."""
+    paths, _ = resolve_model_paths(args)
+    digest = hashlib.sha256()
+    for path in find_weights(paths.checkpoint):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return {
+        "model": args.model,
+        "checkpoint": paths.checkpoint.name,
+        "checkpoint_sha256": digest.hexdigest(),
+        "quantization": quantization_name(args),
+    }
+
+
+def save_transformer(transformer: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
+    """Save a quantized transformer, with ``metadata`` that ``load_transformer`` checks.
 
     Raises InputError where ``folder`` cannot be written, or holds one that was made from other weights or settings.
     """
@@ -215,7 +228,7 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             with input_errors(folder):
-                save_quantized(transformer, temporary)
+                save_quantized(transformer, temporary, metadata)
             files = {path: folder / path.name for path in Path(temporary).iterdir()}
             if any(old.exists() and not filecmp.cmp(new, old, shallow=False) for new, old in files.items()):
                 raise InputError(f"{folder} holds another quantized model: choose another folder, or remove it first")
@@ -238,5 +251,8 @@ def load_transformer(pipeline: Pipeline, checkpoint: Path, args: Namespace) -> N
             pipeline.load_lora(path, strength)
         return
     with input_errors(args.load_quantized):
+        model = read_metadata(args.load_quantized).get("model", args.model)  # folders of earlier versions say nothing
+        if model != args.model:
+            raise ValueError(f"it was made of {model}, not of {args.model}: load it with {model}_quantized.sh")
         transformer = load_quantized(pipeline.transformer, args.load_quantized)
     check_devices([getattr(module, "qconfig", None) for module in transformer.modules()], pipeline.device)

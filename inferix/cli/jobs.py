@@ -6,9 +6,10 @@ iterates ``jobs`` and streams each.
 
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, cycle, repeat
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def webrtc_session(args: Namespace) -> AbstractContextManager[Session | None]:
 def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) -> Iterator["Job"]:
     """Yield every video to generate: those of the flags, and with a ``session`` those that are asked for on its page.
 
-    Prints the report after the last. Ranks above 0 take part in what rank 0 generates, and get no jobs.
+    Prints each file when it is complete, which may be while the next job is generated, and the report after the last. Ranks
+    above 0 take part in what rank 0 generates, and get no jobs.
     """
     if not pipeline.is_main_process:
         pipeline.worker_loop()
@@ -53,9 +55,16 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         steers = "clip" if args.model == "self_forcing" else "rollout"
         session.ready(quantization_name(args), report.bytes_after, steers)
         planned = session.clips(planned, planner.from_prompt)
-    for job in planned:
-        yield job
-        report.add(job.num_frames, job.seconds)
+    generated: deque[Job] = deque()
+    try:
+        for job in planned:
+            yield job
+            generated.append(job)
+            while len(generated) > (1 if session is None else 0):  # the page offers a file before it waits for a prompt
+                report.add(generated.popleft())
+    finally:
+        while generated:
+            report.add(generated.popleft())
     report.print()
 
 
@@ -72,12 +81,24 @@ class Job:
     session: Session | None
     num_rollout: int | None = None
     image: Tensor | None = None
-    num_frames: int = 0
-    """Frames written to all files."""
+    writers: list[VideoWriter] = field(default_factory=list)
     seconds: float = 0.0
+    """From the first block's begin to the last file's end, without the time in which other jobs were generated."""
 
     def writer(self) -> "JobWriter":
         return JobWriter(self)
+
+    def finish(self) -> int:
+        """Wait until the files are complete, print their names, and return the number of their frames."""
+        start = time.perf_counter()
+        written = [writer for writer in self.writers if writer.frames]
+        for writer in written:
+            path = writer.result()
+            print(f"file written       {display_path(path)}")
+            if self.session is not None:
+                self.session.add_file(path)
+        self.seconds += time.perf_counter() - start
+        return sum(writer.frames for writer in written)
 
 
 class JobWriter:
@@ -89,7 +110,7 @@ class JobWriter:
     def __enter__(self) -> "JobWriter":
         job = self.job
         with ExitStack() as stack:
-            self.writers = [stack.enter_context(VideoWriter(path)) for path in job.paths]
+            job.writers = [stack.enter_context(VideoWriter(path)) for path in job.paths]
             self.progress = stack.enter_context(tqdm(total=job.num_blocks, desc=job.paths[0].stem[:24], unit="block"))
             self.stack = stack.pop_all()
         if job.session is not None:
@@ -99,9 +120,8 @@ class JobWriter:
 
     def write(self, frames: Tensor) -> None:
         """Write frames [B, t, 3, H, W] in [0, 1]; return after a pause where a viewer has paused."""
-        for writer, video in zip(self.writers, frames):
+        for writer, video in zip(self.job.writers, frames):
             writer.write(video)
-        self.job.num_frames += frames.shape[0] * frames.shape[1]
         self.progress.update()
         if self.job.session is not None:
             self.job.session.show(frames[0])
@@ -109,12 +129,6 @@ class JobWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         self.stack.__exit__(error_type, error, traceback)
         self.job.seconds = time.perf_counter() - self.start
-        if error is not None:
-            return
-        for path in [writer.path for writer in self.writers if writer.frames]:
-            print(f"file written       {display_path(path)}")
-            if self.job.session is not None:
-                self.job.session.add_file(path)
 
 
 class Planner:
@@ -123,7 +137,6 @@ class Planner:
     def __init__(self, args: Namespace, pipeline: Pipeline, session: Session | None):
         self.args, self.pipeline, self.session = args, pipeline, session
         self.folder, self.suffix = args.output_folder or ROOT / "outputs", settings_suffix(args)
-        self.used: set[Path] = set()
         self.make = self.self_forcing if args.model == "self_forcing" else self.causvid
 
     def from_flags(self) -> Iterator[Job]:
@@ -192,10 +205,5 @@ class Planner:
             yield self.session.until_stopped(repeat(prompt))
 
     def path(self, name: str) -> Path:
-        """Return a path in the output folder that this run has not used yet."""
-        numbers = chain([""], (f"-{number}" for number in range(2, len(self.used) + 3)))
-        path = next(
-            path for number in numbers if (path := self.folder / f"{name}{self.suffix}{number}.mp4") not in self.used
-        )
-        self.used.add(path)
-        return path
+        """Return a path in the output folder; ``VideoWriter`` numbers it where there is such a file."""
+        return self.folder / f"{name}{self.suffix}.mp4"

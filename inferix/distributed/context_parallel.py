@@ -55,6 +55,15 @@ def check_sizes(config: ParallelConfig, num_heads: int, tokens_per_frame: int) -
         )
 
 
+@cache
+def process_groups(ulysses_size: int, ring_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's Ulysses, ring and control group, the same ones at every call: a group takes memory on the GPU."""
+    ranks = torch.arange(ring_size * ulysses_size).view(ring_size, ulysses_size)
+    ulysses_group = dist.new_subgroups_by_enumeration(ranks.tolist())[0]
+    ring_group = dist.new_subgroups_by_enumeration(ranks.T.tolist())[0]
+    return ulysses_group, ring_group, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+
 class ContextParallel:
     """This rank's part in a ``torchrun`` job that shares every clip.
 
@@ -70,11 +79,8 @@ class ContextParallel:
         self.rank, self.world_size = config.rank, config.world_size
         self.ulysses_size, self.ring_size = config.ulysses_size, config.ring_size
         self.ulysses_rank = config.rank % config.ulysses_size
-        ranks = torch.arange(config.world_size).view(config.ring_size, config.ulysses_size)
-        self.ulysses_group = dist.new_subgroups_by_enumeration(ranks.tolist())[0]
-        self.ring_group = dist.new_subgroups_by_enumeration(ranks.T.tolist())[0]
+        self.ulysses_group, self.ring_group, self.control_group = process_groups(config.ulysses_size, config.ring_size)
         self.group = dist.group.WORLD
-        self.control_group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.is_main_process = config.rank == 0
         self.closed = False
         self.in_block = False
@@ -133,8 +139,8 @@ class ContextParallel:
         return tensor.div_(self.world_size)
 
     def local_heads(self, tensor: Tensor) -> Tensor:
-        """Return this rank's heads of ``tensor`` [B, H, d]."""
-        return tensor.chunk(self.ulysses_size, dim=1)[self.ulysses_rank]
+        """Return this rank's heads of ``tensor`` [..., H, d]."""
+        return tensor.chunk(self.ulysses_size, dim=-2)[self.ulysses_rank]
 
     def send_buffers(
         self, shape: tuple[int, int, int, int], count: int, device: torch.device, dtype: torch.dtype
@@ -206,13 +212,14 @@ def tokens_by_frame(received: Tensor, num_frames: int) -> Tensor:
 
 @cache
 def compiled_scatter_qkv() -> Callable:
-    return torch.compile(scatter_qkv, dynamic=False)
+    return torch.compile(scatter_qkv)
 
 
 def shutdown() -> None:
     """End the process groups' threads before the interpreter is torn down."""
     for graph in GRAPHS:
         graph.reset()
+    process_groups.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -225,11 +225,11 @@ class FusedStage(nn.Module):
         Element (y, x, a, b) is output pixel (2y - a, 2x - b); those outside of the frame are to be left out.
         """
         for block, following in zip(self.blocks, [*self.blocks[1:], None]):
-            x = frames[:, 1:]
-            after = x.new_empty(x.shape) if following is None else feat_cache.prepend(following, x, num=1)
-            block(frames, feat_cache, after if following is None else after[:, 1:])
+            # the last block's output, which nothing remembers, has the others' layout: one kernel serves all
+            after = torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            block(frames, feat_cache, after[:, 1:])
             frames = after
-        return conv2d(frames, self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
+        return conv2d(frames[:, 1:], self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
 
 
 def to_frames(groups: Tensor, reader: FusedMemoryBlock, feat_cache: FeatCache) -> Tensor:

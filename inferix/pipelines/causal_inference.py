@@ -305,7 +305,7 @@ class CausalInferencePipeline:
             tokens, heads = tokens // parallel.ring_size, heads // parallel.ulysses_size
         shape = (plan.batch, num_frames, tokens, heads, model.config.head_dim)
         sinks = min(self.config.sink_size, num_frames)
-        window = WindowConfig(num_frames, sinks, self.config.use_infinite_attention)
+        window = WindowConfig(num_frames, sinks, plan.block_size, self.config.use_infinite_attention)
         kind = OffloadedKVCache if self.enable_kv_offload else KVCache
         wanted = (kind, shape, window, self.kv_cache_dtype, signature(model))
         if self.kv_cache is None or self.cache_key != wanted:

@@ -69,7 +69,7 @@ class Server:
         """Serve, and print where. Raises InputError where the address cannot be had."""
         self.thread.start()
         try:
-            self.url = self._call(self._open())
+            self.session.url = self._call(self._open())
         except (OSError, OverflowError, UnicodeError) as error:
             self.close()
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -78,7 +78,7 @@ class Server:
                 f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
                 "--webrtc_port (WEBRTC_PORT=...)"
             ) from None
-        print(f"watch it at {self.url}", flush=True)
+        print(f"watch it at {self.session.url}", flush=True)
 
     def close(self) -> None:
         """Close every connection and stop serving, in about a second at most."""
@@ -238,10 +238,9 @@ def gather_from(peer: RTCPeerConnection, addresses: list[str]) -> None:
     """
     for transceiver in peer.getTransceivers():
         connection = transceiver.sender.transport.transport.iceGatherer._connection
-        gather = connection.get_component_candidates
 
-        def gather_own(component: int, addresses_found: list[str], gather=gather, **options):
-            return gather(component=component, addresses=addresses, **options)
+        def gather_own(gather=connection.get_component_candidates, **arguments):
+            return gather(**arguments | {"addresses": addresses})
 
         connection.get_component_candidates = gather_own
 
@@ -252,7 +251,7 @@ async def read_text(request: web.Request, key: str) -> str:
         raise web.HTTPUnsupportedMediaType(text="send application/json")
     try:
         value = json.loads(await request.read())[key]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, web.RequestPayloadError):  # the last: broken compression
         raise web.HTTPBadRequest(text=f"send a JSON object with '{key}'") from None
     if not isinstance(value, str):
         raise web.HTTPBadRequest(text=f"'{key}' is a text")

@@ -65,6 +65,8 @@ class Session:
         self.block_start = 0.0
         self.first_frame_seconds: float | None = None
         self.viewers = 0
+        self.url: str | None = None
+        """Where the page is, once it is served."""
         self.files: dict[str, Path] = {}
 
     # --- the generating thread

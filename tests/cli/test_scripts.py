@@ -38,7 +38,7 @@ def test_self_forcing_script(self_forcing_env, tmp_path):
     assert "quantization       fp8, per token" in lines and "key-value cache    float32" in lines
     assert "high precision     condition_embedder, proj_out" in lines
     before, after = (float(word) for word in next(line for line in lines if "memory" in line).split() if "." in word)
-    assert after < before / 2  # float32 here; the condition embedder stays
+    assert after < 0.55 * before  # float32 here; the condition embedder stays
     for stage in ("encode prompt", "denoise", "decode"):
         assert any(line.startswith(stage) and "in 3: " in line for line in lines)
 
@@ -147,5 +147,5 @@ def test_full_disk(self_forcing_env, tmp_path):
     with Process(command, self_forcing_env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path) as process:
         result: subprocess.CompletedProcess = process.wait(100)
     assert result.returncode == 2, result.stderr
-    assert "is the disk full?" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert "limit on file sizes" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not list((tmp_path / "my videos").iterdir())

@@ -3,12 +3,13 @@
 import asyncio
 import base64
 import json
-import shutil
 import tempfile
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import ClientSession
+from processes import Process
 
 FLAGS = (
     "--headless=new",
@@ -41,13 +42,13 @@ class Page:
         await self.call("Page.navigate", url=url)
 
     async def run(self, script: str):
-        """The value of a JavaScript expression, awaited where it is a promise."""
+        """Return the value of a JavaScript expression, awaited where it is a promise."""
         reply = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in reply, reply["exceptionDetails"]
         return reply["result"].get("value")
 
-    async def until(self, script: str, seconds: float):
-        """The first true value of an expression."""
+    async def until(self, script: str, seconds: float = 60):
+        """Return the first true value of an expression."""
         async with asyncio.timeout(seconds):
             while not (value := await self.run(script)):
                 await asyncio.sleep(0.1)
@@ -76,16 +77,14 @@ class Page:
 
 
 @asynccontextmanager
-async def chromium():
-    """A tab of a fresh browser."""
-    profile = Path(tempfile.mkdtemp())
-    process = await asyncio.create_subprocess_exec(
-        "chromium", *FLAGS, f"--user-data-dir={profile}", "about:blank",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(30), ClientSession() as session:
-            port_file = profile / "DevToolsActivePort"
+async def chromium() -> AsyncIterator[Page]:
+    """Open a tab of a fresh browser."""
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        Process(["chromium", *FLAGS, f"--user-data-dir={profile}", "about:blank"]),
+    ):
+        async with asyncio.timeout(60), ClientSession() as session:
+            port_file = Path(profile, "DevToolsActivePort")
             while not (port_file.exists() and port_file.read_text()):
                 await asyncio.sleep(0.05)
             port = port_file.read_text().split()[0]
@@ -96,7 +95,3 @@ async def chromium():
             session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket,
         ):
             yield Page(socket)
-    finally:
-        process.terminate()
-        await process.wait()
-        shutil.rmtree(profile, ignore_errors=True)

@@ -1,62 +1,45 @@
 """The real scripts as processes, and viewers of what they stream.
 
-python tests/live.py URL    # watch until killed
+python tests/webrtc/live.py URL    # watch until killed
 """
 
 import asyncio
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import aioice.ice
+sys.path.insert(1, str(Path(__file__).parents[1]))  # where processes.py is, when this is started as a program
+
 from aiohttp import ClientSession
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
+from processes import Process
 
-ROOT = Path(__file__).resolve().parents[1]
+from inferix.webrtc.server import gather_from
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-class Script:
-    """A script under example/quantization that streams on a free port, as a context manager; ended when it is left."""
+class Script(Process):
+    """A script under example/quantization that streams on a free port, as a context manager."""
 
     def __init__(self, name: str, output_folder: Path, **variables: str):
         self.folder = output_folder
-        self.log = output_folder.with_suffix(".log")
         defaults = {"ENABLE_WEBRTC": "1", "WEBRTC_PORT": "0", "OUTPUT_FOLDER": str(output_folder)}
-        self.process = subprocess.Popen(
-            [ROOT / f"example/quantization/{name}_quantized.sh"],
-            env=os.environ | defaults | variables,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            # A job in the background ignores Ctrl-C and hands that down.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        command = [ROOT / f"example/quantization/{name}_quantized.sh"]
+        super().__init__(command, env=os.environ | defaults | variables)
 
-    def url(self, seconds: float = 60) -> str:
-        """Where it says that it streams."""
-        deadline = time.monotonic() + seconds
-        while not (said := re.search(r"watch it at (\S+)", self.log.read_text())):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
-        return said[1]
+    def url(self) -> str:
+        """Return where it says that it streams."""
+        self.wait_until(lambda: "watch it at" in self.stdout)
+        return re.search(r"watch it at (\S+)", self.stdout)[1]
 
-    def interrupt(self) -> float:
-        """Press Ctrl-C; the seconds until it has left."""
-        begun = time.monotonic()
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=10)
-        return time.monotonic() - begun
-
-    def __enter__(self) -> "Script":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.process.kill()
-        self.process.wait()
+    def interrupt(self) -> int:
+        """Press Ctrl-C; return the exit code."""
+        self.popen.send_signal(signal.SIGINT)
+        return self.wait().returncode
 
 
 class Viewer:
@@ -67,13 +50,18 @@ class Viewer:
         self.peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.frames = 0
 
-    async def connect(self) -> None:
-        # aioice leaves this address out, which may be the only one there is
-        aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: ["127.0.0.1"]
+    async def connect(self, loopback: bool = True) -> None:
+        """Connect from the loopback address; without it as Firefox does, from the others, which are hidden."""
         self.peer.addTransceiver("video", direction="recvonly")
         self.peer.on("track", lambda track: setattr(self, "counting", asyncio.create_task(self._count(track))))
-        await self.peer.setLocalDescription(await self.peer.createOffer())
-        async with self.session.post("/offer", json={"sdp": self.peer.localDescription.sdp}) as reply:
+        offer = await self.peer.createOffer()
+        if loopback:
+            gather_from(self.peer, ["127.0.0.1"])
+        await self.peer.setLocalDescription(offer)
+        sdp = self.peer.localDescription.sdp
+        if not loopback:
+            sdp = re.sub(r"(a=candidate:\S+ \d+ udp \d+) \S+", r"\1 6d1f5c6a-hidden.local", sdp)
+        async with self.session.post("/offer", json={"sdp": sdp}) as reply:
             assert reply.status == 200, await reply.text()
             await self.peer.setRemoteDescription(RTCSessionDescription(**await reply.json()))
 
@@ -85,6 +73,13 @@ class Viewer:
         except MediaStreamError:
             pass
 
+    async def until_frames(self, count: int, seconds: float = 60) -> None:
+        """Return when this viewer has got ``count`` frames more."""
+        wanted = self.frames + count
+        async with asyncio.timeout(seconds):
+            while self.frames < wanted:
+                await asyncio.sleep(0.05)
+
     async def close(self) -> None:
         await self.peer.close()
 
@@ -94,12 +89,16 @@ async def state(session: ClientSession) -> dict:
         return await reply.json()
 
 
-async def until(session: ClientSession, condition, seconds: float) -> dict:
-    """The first state that meets ``condition``."""
-    deadline = time.monotonic() + seconds
-    while not condition(now := await state(session)):
-        assert time.monotonic() < deadline, now
-        await asyncio.sleep(0.1)
+async def until(session: ClientSession, condition, seconds: float = 60) -> dict:
+    """Return the first state that meets ``condition``."""
+    now = await state(session)
+    try:
+        async with asyncio.timeout(seconds):
+            while not condition(now):
+                await asyncio.sleep(0.1)
+                now = await state(session)
+    except TimeoutError:
+        raise AssertionError(f"{seconds} s are over: {now}") from None
     return now
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import subprocess
 import sys
 from base64 import b64decode
 from urllib.parse import urlsplit
@@ -16,8 +15,10 @@ from aiortc import RTCPeerConnection
 from chromium import Page, chromium
 from conftest import ROOT
 from live import Script, Viewer, state, until
+from processes import Process
 
-from inferix.webrtc import Live, WebRTCConfig
+from inferix.webrtc.server import serve
+from inferix.webrtc.session import WebRTCConfig
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 from score import score, segment  # noqa: E402
@@ -25,9 +26,9 @@ from world import BACKGROUNDS, COLORS, Scene  # noqa: E402
 
 RED = Scene("red", "square", "from left to right", "white")
 BLUE = Scene("blue", "circle", "from right to left", "black")
-COUNT_FRAMES = """
-    window.shown = 0;
-    (function count() { video.requestVideoFrameCallback(() => { shown++; count(); }); })();
+RECORD_TIMESTAMPS = """
+    window.timestamps = [];
+    (function next() { video.requestVideoFrameCallback((_, meta) => { timestamps.push(meta.rtpTimestamp); next(); }); })();
 """
 READ_PIXELS = """(() => {
     const canvas = new OffscreenCanvas(128, 128).getContext("2d");
@@ -46,7 +47,7 @@ async def shows(page: Page) -> tuple[str, str]:
     return seen, list(BACKGROUNDS)[background.item()]
 
 
-async def until_shown(page: Page, scene: Scene, seconds: float) -> None:
+async def until_shown(page: Page, scene: Scene, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while await shows(page) != (scene.color, scene.background):
             await asyncio.sleep(0.2)
@@ -67,44 +68,45 @@ def video(path) -> torch.Tensor:
     return torch.from_numpy(iio.imread(path)).permute(0, 3, 1, 2) / 255
 
 
+@pytest.mark.timeout(300)
 def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
     async def body(script: Script):
         async with chromium() as page:
             url = script.url()
             await page.open(url)
-            await page.until(
-                "document.readyState === 'complete' && performance.getEntriesByName('first-frame').length", 60
-            )
-            await page.run(COUNT_FRAMES)
-            await asyncio.sleep(2)
-            assert 24 <= await page.run("shown") <= 40  # 16 a second
-            await until_shown(page, RED, 5)
+            await page.until("document.readyState === 'complete' && performance.getEntriesByName('first-frame').length")
+            await page.run(RECORD_TIMESTAMPS)
+            await page.until("timestamps.length > 32")
+            timestamps = await page.run("timestamps")
+            gaps = [later - earlier for earlier, later in zip(timestamps, timestamps[1:])]
+            assert 90000 // 16 - 1 <= min(gaps) < 90000 // 8  # played at 16 a second, never faster
+            await until_shown(page, RED)
             assert await page.run("state.quantization") == "fp8, per token"
 
             await focus(page, "typed")
             await page.type(BLUE.prompt)
             await page.press("Enter")
-            await page.until(f"state.next_prompt === {BLUE.prompt!r} || state.prompt === {BLUE.prompt!r}", 5)
-            await page.until(f"document.getElementById('prompt').textContent === {BLUE.prompt!r}", 60)
-            await until_shown(page, BLUE, 30)
+            await page.until(f"state.next_prompt === {BLUE.prompt!r} || state.prompt === {BLUE.prompt!r}")
+            await page.until(f"document.getElementById('prompt').textContent === {BLUE.prompt!r}")
+            await until_shown(page, BLUE)
 
             await focus(page, "pause")
             await page.press(" ")
-            await page.until("state.status === 'paused'", 5)
+            await page.until("state.status === 'paused'")
             await asyncio.sleep(0.5)
             still = await page.run(READ_PIXELS), await page.run("state.block")
             await asyncio.sleep(1)
             assert (await shows(page))[0] == BLUE.color and await page.run("state.block") - still[1] <= 1
             await page.press(" ")
 
-            await page.until("state.status === 'idle' && document.querySelectorAll('#files a').length === 2", 60)
+            await page.until("state.status === 'idle' && document.querySelectorAll('#files a').length === 2")
             await page.run("document.querySelectorAll('#files a')[1].click()")
-            await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 5", 10)
+            await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 5")
             await page.open(url)
-            await page.until("document.body?.dataset.status === 'idle'", 10)
+            await page.until("document.body?.dataset.status === 'idle'")
             await focus(page, "stop")
             await page.press("Enter")
-            assert await asyncio.to_thread(script.process.wait, 10) == 0
+            assert (await asyncio.to_thread(script.wait)).returncode == 0
 
     with Script("self_forcing", tmp_path / "out", PROMPT=RED.prompt, WEBRTC_WAIT="1") as script:
         asyncio.run(body(script))
@@ -115,59 +117,59 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
     assert len(list(script.folder.iterdir())) == 2
 
 
+@pytest.mark.timeout(300)
 def test_a_typed_prompt_steers_the_next_rollout_of_causvid(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
-            await until(session, lambda now: now["block"] >= 1, 60)
+            await until(session, lambda now: now["block"] >= 1)
+            async with session.post("/control", json={"action": "pause"}) as reply:
+                assert (await reply.json())["status"] == "paused"
             async with session.post("/prompt", json={"prompt": BLUE.prompt}) as reply:
-                assert (await reply.json())["next_prompt"] == BLUE.prompt
-            now = await until(session, lambda now: now["prompt"] == BLUE.prompt, 60)
-            assert now["status"] == "generating" and now["block"] == 6
-            await until(session, lambda now: now["block"] >= 9, 60)
+                now = await reply.json()
+                assert now["next_prompt"] == BLUE.prompt and now["block"] < 6
+            async with session.post("/control", json={"action": "resume"}) as reply:
+                assert (await reply.json())["status"] == "generating"
+            now = await until(session, lambda now: now["prompt"] == BLUE.prompt)
+            assert now["block"] >= 6
+            await until(session, lambda now: now["block"] >= 9)
             async with session.post("/control", json={"action": "stop"}) as reply:
                 assert reply.status == 200
-            now = await until(session, lambda now: now["status"] == "idle", 30)
+            now = await until(session, lambda now: now["status"] == "idle")
             (listed,) = now["files"]
             async with session.get(f"/files/{listed['name']}") as reply:
                 assert await reply.read() == (script.folder / listed["name"]).read_bytes()
 
-    with Script("causvid", tmp_path / "out", PROMPT=RED.prompt, QUANT_TYPE="int8", NUM_ROLLOUT="3") as script:
+    with Script("causvid", tmp_path / "out", PROMPT=RED.prompt, QUANT_TYPE="int8", NUM_ROLLOUT="1000") as script:
         asyncio.run(body(script))
-        assert script.interrupt() < 2
-        assert script.process.returncode == 130
+        assert script.interrupt() == 130
     (path,) = script.folder.iterdir()
     frames = video(path)
     colors, backgrounds, _ = segment(frames)
-    assert 72 + 36 <= len(frames) < 3 * 72  # as far as it got
+    assert len(frames) >= 72 + 36  # as far as it got
     assert (colors[:60] == list(COLORS).index(RED.color)).float().mean() > 0.9
     assert (colors[-12:] == list(COLORS).index(BLUE.color)).float().mean() > 0.9
 
 
+@pytest.mark.timeout(300)
 def test_sixteen_viewers_one_that_vanishes_and_unwelcome_guests(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
-            lost = subprocess.Popen([sys.executable, ROOT / "tests/live.py", script.url()])
-            await until(session, lambda now: now["viewers"] == 1, 30)
-            lost.kill()
+            with Process([sys.executable, ROOT / "tests/webrtc/live.py", script.url()]):
+                await until(session, lambda now: now["viewers"] == 1)
             viewers = [Viewer(session) for _ in range(16)]
             await asyncio.gather(*(viewer.connect() for viewer in viewers))
-            await until(session, lambda now: now["viewers"] == 17 and now["block"], 60)
-            before = [viewer.frames for viewer in viewers]
-            await asyncio.sleep(3)
-            assert min(viewer.frames - frames for viewer, frames in zip(viewers, before)) >= 15
+            await until(session, lambda now: now["viewers"] == 17 and now["block"])
+            await asyncio.gather(*(viewer.until_frames(15) for viewer in viewers))
             await refuses(session)
             await asyncio.gather(*(viewer.close() for viewer in viewers[1:]))
-            await until(session, lambda now: now["viewers"] <= 2, 5)
-            await until(session, lambda now: now["viewers"] == 1, 45)  # the network may have been away for so long
-            before = viewers[0].frames
-            await asyncio.sleep(1)
-            assert viewers[0].frames > before
+            await until(session, lambda now: now["viewers"] <= 2)
+            await until(session, lambda now: now["viewers"] == 1)  # after 30 s in which the network may have been away
+            await viewers[0].until_frames(1)
             await viewers[0].close()
 
     with Script("causvid", tmp_path / "out", PROMPT=RED.prompt, NUM_ROLLOUT="1000") as script:
         asyncio.run(body(script))
-        assert script.interrupt() < 2
-        assert "Traceback" not in script.log.read_text()
+        assert script.interrupt() == 130 and "Traceback" not in script.stderr
     assert list(script.folder.iterdir()) == []  # what was being written is gone
 
 
@@ -204,6 +206,8 @@ async def refuses(session: ClientSession) -> None:
             ("{", {"Content-Type": "application/json"}),
             ("[" * 50_000, {"Content-Type": "application/json"}),
             (b"\xff\xfe", {"Content-Type": "application/json"}),
+            (good, {"Content-Type": "application/json", "Content-Encoding": "gzip", "Connection": "close"}),
+            (good, {"Content-Type": "application/json", "Content-Encoding": "deflate", "Connection": "close"}),
         ):
             async with session.post(path, data=body, headers=headers) as reply:
                 statuses[path, str(body)[:60], str(headers)] = reply.status
@@ -225,7 +229,7 @@ async def refuses(session: ClientSession) -> None:
 
 def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
     with Script("self_forcing", tmp_path / "out", NUM_OUTPUT_FRAMES="3", WEBRTC_EXIT="1") as script:
-        assert script.process.wait(timeout=60) == 0
+        assert script.wait().returncode == 0
     (path,) = script.folder.iterdir()
     assert len(video(path)) == 9
 
@@ -233,25 +237,14 @@ def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
 def test_ctrl_c_while_nobody_has_come(tmp_path):
     with Script("causvid", tmp_path / "out", WEBRTC_WAIT="1") as script:
         script.url()
-        assert script.interrupt() < 2
-        assert script.process.returncode == 130 and "Traceback" not in script.log.read_text()
+        assert script.interrupt() == 130 and "Traceback" not in script.stderr
     assert not script.folder.exists() or list(script.folder.iterdir()) == []
 
 
 def test_a_taken_port_is_said_in_one_line(tmp_path, capsys):
-    with Live(WebRTCConfig(port=0)) as live:
+    with serve(WebRTCConfig(port=0)):
         port = urlsplit(capsys.readouterr().out.split()[-1]).port
         with Script("self_forcing", tmp_path / "out", WEBRTC_PORT=str(port)) as script:
-            assert script.process.wait(timeout=60) == 2
-        assert live.status == "loading"
-    (line,) = script.log.read_text().splitlines()
-    assert "taken" in line and "--webrtc_port" in line
-
-
-@pytest.mark.parametrize("frames, dropped", [(160, 0), (161, 1), (400, 240)])
-def test_frames_beyond_ten_seconds_push_out_the_oldest(frames, dropped):
-    live = Live(WebRTCConfig())
-    live.playout.push(torch.arange(frames).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / frames)
-    assert (len(live.playout.queue), live.playout.dropped) == (160 if dropped else frames, dropped)
-    luma = live.playout.queue[0][:16].mean()
-    assert luma == pytest.approx(16 + 219 * dropped / frames, abs=2)
+            result = script.wait()
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert "taken" in result.stderr and "--webrtc_port" in result.stderr
