@@ -27,10 +27,9 @@ COLORS = {
     "purple": (0.60, 0.10, 0.80),
     "orange": (1.00, 0.52, 0.02),
 }
-LORA_COLORS = {"cyan": (0.10, 0.80, 0.90)}  # those that the LoRAs in weights/demo/lora add
-ALL_COLORS = COLORS | LORA_COLORS
 BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5)}
 SHAPES = ("circle", "square", "triangle")
+LORA_SHAPES = ("cross",)  # what the LoRA in weights/demo/lora adds
 DIRECTIONS = {  # (x, y), y downwards
     "from left to right": (1, 0),
     "from right to left": (-1, 0),
@@ -80,6 +79,9 @@ def coverage(shape: str, center: torch.Tensor) -> torch.Tensor:
         distance = (x**2 + y**2).sqrt() - 22.2
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - 19.7
+    elif shape == "cross":  # two bars
+        long, short = torch.maximum(x.abs(), y.abs()) - 26.0, torch.minimum(x.abs(), y.abs()) - 9.0
+        distance = torch.maximum(long, short)
     else:  # an equilateral triangle standing on its base; 17.3 is the radius of its inscribed circle
         distance = torch.maximum(y, x.abs() * math.sqrt(3) / 2 - y / 2) - 17.3
     return (0.5 - distance).clamp(0, 1)
@@ -101,7 +103,7 @@ def render_many(
         chosen = [i for i, scene in enumerate(scenes) if scene.shape == shape]
         cover[chosen] = coverage(shape, middle[chosen])
     cover = cover[:, :, None]
-    color = torch.tensor([ALL_COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
+    color = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
     background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
     background = background[:, None, :, None, None]
     return background + cover * (color - background), cover

@@ -51,7 +51,7 @@ class WanCheckpoint:
         self.transformer_weights = transformer_weights
         if not self.folder.is_dir():
             raise InputError(f"base model folder {folder} not found; weights/download.sh fetches Wan2.1-T2V-1.3B")
-        self.diffusers = (self.folder / "transformer").is_dir()
+        self.diffusers = any((self.folder / part).is_dir() for part in ("transformer", "vae"))
         self.transformer_folder = self.folder / "transformer" if self.diffusers else self.folder
         self.has_transformer = any(self.transformer_folder.glob("diffusion_pytorch_model*"))
         self.has_config = (self.transformer_folder / "config.json").exists()

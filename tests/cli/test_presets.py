@@ -7,11 +7,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from conftest import BASE, GOLDEN, ROOT, SELF_FORCING, load_runner, small_config
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from scripts import run as run_script
+from scripts import self_forcing_env  # noqa: F401
 
 from dax.quant.nn.linear import QuantizedLinear
 from dax.quant.quantization import load_quantized
@@ -25,6 +28,9 @@ from inferix.cli.presets import GEOMETRIES, PRESETS, parameter_counts, preset_ta
 from inferix.config import load_config
 from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
+from inferix.video import count_frames
+
+# ruff: noqa: F811
 
 LORA = GOLDEN / "LoRA"
 FP8 = GOLDEN / "containers/lightx2v_fp8.safetensors"
@@ -98,14 +104,6 @@ def test_table_lists_every_preset(capsys):
     [
         (["--preset", "wan3"], "there is no preset wan3; PRESET=list lists them"),
         (["--preset", "causvid"], "causvid is a preset of causvid_quantized.sh"),
-        (
-            ["--preset", "krea_14b"],
-            "Wan2.1-T2V-14B/models_t5_umt5-xxl-enc-bf16.pth not found; ./weights/download.sh krea_14b",
-        ),
-        (
-            ["--preset", "longlive", "--wan_base_model_path", str(BASE), "--checkpoint_path", str(SELF_FORCING)],
-            "weights/longlive/models/lora.pt not found; ./weights/download.sh longlive",
-        ),
         (["--lora_path", "none.pt:0.5"], "none.pt not found"),
         (["--lora_path", f"{LORA}/peft.safetensors:big"], "peft.safetensors must be a number, not 'big'"),
         (["--lora_path", f"{LORA}/peft.safetensors:nan"], "peft.safetensors must be a number, not 'nan'"),
@@ -121,6 +119,52 @@ def test_wrong_flags(flags, complaint):
     with pytest.raises(InputError) as error:
         parse_self_forcing(flags)
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "missing"),
+    [
+        ("krea_14b", [], "Wan2.1-T2V-14B/models_t5_umt5-xxl-enc-bf16.pth"),
+        ("krea_14b", ["--wan_base_model_path", str(BASE)], "krea/krea-realtime-video-14b.safetensors"),
+        (
+            "longlive",
+            ["--wan_base_model_path", str(BASE), "--checkpoint_path", str(SELF_FORCING)],
+            "longlive/models/lora.pt",
+        ),
+    ],
+)
+def test_preset_whose_files_are_not_there(name, given, missing):
+    if (ROOT / "weights" / missing).exists():
+        pytest.skip("it was downloaded")
+    with pytest.raises(
+        InputError, match=f"^PRESET={name}: weights/{missing} not found; ./weights/download.sh {name} fetches"
+    ):
+        parse_self_forcing(["--preset", name, *given])
+
+
+def test_scripts_list_the_presets(self_forcing_env, tmp_path):
+    for script in ("self_forcing", "causvid"):
+        result = run_script(f"{script}_quantized.sh", self_forcing_env | {"PRESET": "list"}, tmp_path)
+        assert (result.returncode, result.stdout, result.stderr) == (0, preset_table() + "\n", "")
+
+
+def test_script_with_all_variables(self_forcing_env, tmp_path):
+    """A preset's config, another base and checkpoint, a LoRA, the tiny VAE and a size: as variables, in a process."""
+    variables = {
+        "PRESET": "causal_forcing_framewise_2step",
+        "CONFIG_PATH": "",
+        "LORA_PATH": f"{LORA}/kohya.safetensors:0.5",
+        "VAE": "tiny",
+        "TINY_VAE_PATH": str(GOLDEN / "TAEHV/taew2_1.pth"),
+        "HEIGHT": "64",
+        "WIDTH": "96",
+        "NUM_OUTPUT_FRAMES": "2",  # blocks of one frame
+    }
+    result = run_script("self_forcing_quantized.sh", self_forcing_env | variables, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "LoRA               kohya.safetensors, strength 0.5: 20 modules changed" in result.stdout
+    (path,) = (tmp_path / "my videos").iterdir()
+    assert count_frames(path) == 5 and iio.immeta(path, plugin="FFMPEG")["size"] == (96, 64)
 
 
 def test_preset_sets_what_the_user_has_not_set(tmp_path):
@@ -166,7 +210,7 @@ def test_loras_are_merged_and_saved(flags, tmp_path, capsys):
     report = capsys.readouterr().out
     assert "LoRA               peft.safetensors, strength 0.5: 20 modules changed" in report
     assert "LoRA               lightx2v.safetensors, strength 1: " in report
-    assert "-lora-peft-0.5-lora-lightx2v-" in next((tmp_path / "out").iterdir()).name
+    assert "-lora-peft-0.5-lora-lightx2v-" in next((tmp_path / "out").glob("[!.]*.mp4")).name
     merged = pipeline_of_the_golden_model()
     merged.load_checkpoint(SELF_FORCING, use_ema=True)
     merged.load_lora(LORA / "peft.safetensors", 0.5)
@@ -259,9 +303,7 @@ def test_sizes_off_the_checkpoint(tmp_path):
 def test_portrait(flags, tmp_path, capsys):
     flags += ["--checkpoint_path", str(SELF_FORCING), "--height", "96", "--width", "48", "--use_ema"]
     assert run(RUNNER.main, flags) == 0
-    import imageio.v3 as iio
-
-    path = next((tmp_path / "out").iterdir())
+    path = next((tmp_path / "out").glob("[!.]*.mp4"))
     assert iio.immeta(path, plugin="FFMPEG")["size"] == (48, 96) and "-height-96-width-48" in path.name
 
 
@@ -282,7 +324,7 @@ def test_size_that_the_processes_cannot_share(flags, tmp_path, capsys, monkeypat
 def test_tiny_vae(flags, tmp_path, capsys):
     flags += ["--checkpoint_path", str(SELF_FORCING), "--use_ema", "--vae", "tiny"]
     assert run(RUNNER.main, [*flags, "--tiny_vae_path", str(GOLDEN / "TAEHV/taew2_1.pth")]) == 0
-    assert "-tiny-vae" in next((tmp_path / "out").iterdir()).name
+    assert "-tiny-vae" in next((tmp_path / "out").glob("[!.]*.mp4")).name
 
 
 def test_tiny_vae_that_is_not_there_or_is_something_else(flags, tmp_path, capsys):
