@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from world import BACKGROUNDS, COLORS, DIRECTIONS, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
+from world import ALL_COLORS, BACKGROUNDS, DIRECTIONS, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,7 +28,7 @@ QUANTS = ("none", "fp8", "int8")
 CRITERIA = ("colour", "shape", "direction", "background")
 ENOUGH = 0.9  # share of the frames that must show the right thing
 MIN_OVERLAP = 0.8  # intersection over union of what is seen and the shape where it is seen
-PALETTE = torch.tensor([*COLORS.values(), *BACKGROUNDS.values()])
+PALETTE = torch.tensor([*ALL_COLORS.values(), *BACKGROUNDS.values()])
 
 
 def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,13 +39,13 @@ def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     pixels = video.float().permute(0, 2, 3, 1).flatten(1, 2)  # [T, H*W, 3]
     distance = torch.cdist(pixels, PALETTE.to(video.device).expand(len(pixels), -1, -1))
-    counts = torch.nn.functional.one_hot(distance.argmin(-1), len(PALETTE)).sum(1)  # [T, 9]
-    background = counts[:, len(COLORS) :].argmax(-1)
-    is_object = distance.argmin(-1) != len(COLORS) + background[:, None]
+    counts = torch.nn.functional.one_hot(distance.argmin(-1), len(PALETTE)).sum(1)  # [T, colours and backgrounds]
+    background = counts[:, len(ALL_COLORS) :].argmax(-1)
+    is_object = distance.argmin(-1) != len(ALL_COLORS) + background[:, None]
     inside = torch.where(is_object[..., None], pixels, torch.nan).nanmedian(dim=1).values  # [T, 3]
-    color = torch.cdist(inside.nan_to_num(-1), PALETTE[: len(COLORS)].to(video.device)).argmin(-1)
+    color = torch.cdist(inside.nan_to_num(-1), PALETTE[: len(ALL_COLORS)].to(video.device)).argmin(-1)
     # an antialiased edge pixel is half one, half the other: cut half way
-    foreground, behind = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(COLORS) + background]
+    foreground, behind = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(ALL_COLORS) + background]
     axis = foreground - behind
     share = ((pixels - behind[:, None]) * axis[:, None]).sum(-1) / axis.square().sum(-1, keepdim=True)
     off_axis = (pixels - behind[:, None] - share[..., None] * axis[:, None]).norm(dim=-1)
@@ -95,7 +95,7 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
         return right.float().mean().item() >= ENOUGH
 
     return {
-        "colour": often(seen & (color == list(COLORS).index(scene.color))),
+        "colour": often(seen & (color == list(ALL_COLORS).index(scene.color))),
         "shape": often(seen & (overlap.argmax(1) == SHAPES.index(scene.shape))),
         "direction": often(seen) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),

@@ -27,6 +27,8 @@ COLORS = {
     "purple": (0.60, 0.10, 0.80),
     "orange": (1.00, 0.52, 0.02),
 }
+LORA_COLORS = {"cyan": (0.10, 0.80, 0.90)}  # those that the LoRAs in weights/demo/lora add
+ALL_COLORS = COLORS | LORA_COLORS
 BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {  # (x, y), y downwards
@@ -99,7 +101,7 @@ def render_many(
         chosen = [i for i, scene in enumerate(scenes) if scene.shape == shape]
         cover[chosen] = coverage(shape, middle[chosen])
     cover = cover[:, :, None]
-    color = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
+    color = torch.tensor([ALL_COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
     background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
     background = background[:, None, :, None, None]
     return background + cover * (color - background), cover

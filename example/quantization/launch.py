@@ -58,8 +58,8 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
     except InputError as error:
         refuse(str(error))
     dax = importlib.util.find_spec("dax")
-    places = dax.submodule_search_locations if dax else None
-    if not any(os.path.isdir(os.path.join(place, "quant", "quantization")) for place in places or ()):
+    folders = dax.submodule_search_locations if dax else None
+    if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
 
 

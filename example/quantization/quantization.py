@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dax.quant.nn.linear import check_device
+from dax.quant.nn.linear import QuantizedLinear, check_device
 from dax.quant.quantization import (
     QConfig,
     convert,
@@ -83,6 +83,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         quantize_with(pipeline, read_qconfig_file(args.qconfig), [prompt])
     elif not args.load_quantized and not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    take_over_weights(pipeline)
     set_process_group(transformer, pipeline.process_group)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if not pipeline.is_main_process:  # the other ranks have no text encoder
@@ -170,7 +171,26 @@ def generate_clip(pipeline: Pipeline, prompt: str, seed: int, num_frames: int | 
     return pipeline.pipeline.inference(noise, [prompt], generator=generator, return_latents=True)
 
 
-# --- several processes, text encoder, saved weights
+# --- 8-bit checkpoints, several processes, text encoder, saved weights
+
+
+def take_over_weights(pipeline: Pipeline) -> None:
+    """Give quantized layers the checkpoint's 8-bit weights, as they are, where the two are of one format.
+
+    A format is the type of the weights and a scale for each output channel. The others keep what they have made of the
+    dequantized weights. Prints how many there are; then the pipeline lets go of the checkpoint's.
+    """
+    weights, count = pipeline.quantized_weights, 0
+    for name, (qweight, weight_scale) in weights.items():
+        layer = pipeline.transformer.get_submodule(name)
+        if not isinstance(layer, QuantizedLinear) or layer.qconfig.rotation or layer.qweight.dtype != qweight.dtype:
+            continue
+        if layer.weight_scale.shape == weight_scale.shape:
+            layer.load_state_dict({"qweight": qweight, "weight_scale": weight_scale}, strict=False)
+            count += 1
+    if weights and pipeline.is_main_process:
+        print(f"8-bit checkpoint   {count} of {len(weights)} weights taken over as they are")
+    pipeline.quantized_weights = {}
 
 
 def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
@@ -221,12 +241,14 @@ def save_transformer(transformer: nn.Module, folder: Path, metadata: dict[str, s
 
 
 def load_transformer(pipeline: Pipeline, checkpoint: Path, args: Namespace) -> None:
-    """Load the transformer's weights: those of a checkpoint, or with ``--load_quantized`` what was saved in a folder.
+    """Load the transformer's weights: a checkpoint's, LoRAs merged, or what was saved in a ``--load_quantized`` folder.
 
     Raises InputError where a file is damaged or does not fit.
     """
     if not args.load_quantized:
-        pipeline.load_checkpoint(checkpoint, use_ema=getattr(args, "use_ema", False))
+        pipeline.load_checkpoint(checkpoint, use_ema=bool(getattr(args, "use_ema", False)))
+        for path, strength in getattr(args, "lora_path", None) or ():
+            pipeline.load_lora(path, strength)
         return
     with input_errors(args.load_quantized):
         model = read_metadata(args.load_quantized).get("model", args.model)  # folders of earlier versions say nothing

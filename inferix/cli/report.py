@@ -94,6 +94,8 @@ class Report:
         cache = str(self.pipeline.pipeline.kv_cache_dtype).removeprefix("torch.")
         print(f"seconds            {self.seconds:.1f} for {self.frames} frames")
         print(f"frames per second  {self.frames / self.seconds if self.seconds else 0:.1f}")
+        for path, strength, count in self.pipeline.loras:
+            print(f"LoRA               {path.name}, strength {strength:g}: {count} modules changed")
         print(f"quantization       {self.quantization}")
         print(f"key-value cache    {cache}")
         print(
