@@ -5,7 +5,7 @@ from argparse import Namespace
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.model_paths import find_config, find_tiny_vae, resolve_model_paths
 from inferix.cli.prompts import read_prompts
-from inferix.config import PipelineConfig
+from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
 
 
@@ -25,6 +25,13 @@ def check(args: Namespace) -> None:
         check_frames(args, config)
     else:
         check_rollouts(args, config)
+
+
+def check_processes(args: Namespace, world_size: int) -> None:
+    """Raises InputError where ``--ulysses_size`` and ``--ring_size`` do not make up the number of processes."""
+    if args.ulysses_size or args.ring_size:
+        ulysses_size = args.ulysses_size or max(1, world_size // args.ring_size)
+        ParallelConfig(ulysses_size, args.ring_size or max(1, world_size // ulysses_size), world_size=world_size)
 
 
 def check_frames(args: Namespace, config: PipelineConfig) -> None:

@@ -122,6 +122,20 @@ def test_script_through_a_symlink(no_torch, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"NPROC": "2", "ULYSSES_SIZE": "4"}, "ulysses_size 4 x ring_size 1 is not the number of processes (2)"),
+        ({"NPROC": "3", "RING_SIZE": "2"}, "ulysses_size 1 x ring_size 2 is not the number of processes (3)"),
+        ({"NNODES": "2", "NPROC": "1", "RING_SIZE": "1", "ULYSSES_SIZE": "1"}, "is not the number of processes (2)"),
+    ],
+)
+def test_sizes_that_are_not_the_number_of_processes(no_torch, tmp_path, variables, complaint):
+    result = run("self_forcing_quantized.sh", no_torch | variables, tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert complaint in result.stderr
+
+
 @pytest.mark.parametrize("nproc", ["two", "0", "-1"])
 def test_number_of_processes(no_torch, tmp_path, nproc):
     result = run("self_forcing_quantized.sh", no_torch | {"NPROC": nproc}, tmp_path)
