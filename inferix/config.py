@@ -11,6 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from inferix.errors import InputError
 
+FPS = 16
+"""Frames per second of every Wan 2.1 video."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

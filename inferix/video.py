@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix.config import FPS
 from inferix.errors import InputError
 from inferix.video_encoder import Encoder, encoder_command, to_pixels
-
-FPS = 16
-"""Frames per second of every Wan 2.1 video."""
 
 QUEUE_BYTES = 128 * 2**20
 """Bytes of 8-bit frames that may wait for one encoder before ``VideoWriter.write`` blocks (112 frames of 480x832)."""

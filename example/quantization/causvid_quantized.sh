@@ -20,6 +20,7 @@ exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantizatio
     ${VAE:+--vae "$VAE"} ${TINY_VAE_PATH:+--tiny_vae_path "$TINY_VAE_PATH"} \
     ${HEIGHT:+--height "$HEIGHT"} ${WIDTH:+--width "$WIDTH"} \
     ${PROMPT+--prompt "$PROMPT"} \
+    ${STORYBOARD:+--storyboard "$STORYBOARD"} \
     ${DIFF_PROMPT:+--diff_prompt "$DIFF_PROMPT"} \
     ${DIFF_PROMPT_FILE:+--diff_prompt_file "$DIFF_PROMPT_FILE"} \
     ${IS_INTERACTIVE:+--is_interactive "$IS_INTERACTIVE"} \

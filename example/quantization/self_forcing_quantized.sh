@@ -22,7 +22,8 @@ exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantizatio
     ${VAE:+--vae "$VAE"} ${TINY_VAE_PATH:+--tiny_vae_path "$TINY_VAE_PATH"} \
     ${HEIGHT:+--height "$HEIGHT"} ${WIDTH:+--width "$WIDTH"} \
     ${PROMPT+--prompt "$PROMPT"} \
-    ${NUM_OUTPUT_FRAMES:+--num_output_frames "$NUM_OUTPUT_FRAMES"} \
+    ${STORYBOARD:+--storyboard "$STORYBOARD"} \
+    ${NUM_OUTPUT_FRAMES:+--num_output_frames "$NUM_OUTPUT_FRAMES"} ${ENDLESS:+--endless "$ENDLESS"} \
     ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"} \
     ${I2V:+--i2v "$I2V"} \
     ${IMAGE_PATH:+--image_path "$IMAGE_PATH"} \

@@ -15,6 +15,8 @@ CONTRADICTIONS = {
     + ("checkpoint_path", "checkpoint_folder", "lora_path"),
     "qconfig": ("quant_type", "quant_granularity"),
     "diff_prompt_file": ("prompt", "is_interactive"),
+    "storyboard": ("prompt", "diff_prompt", "diff_prompt_file", "is_interactive"),
+    "endless": ("num_output_frames",),
 }
 """Flags that exclude each other."""
 
@@ -62,6 +64,9 @@ class RunnerParser(Parser):
         add = self.add_argument
         add(
             "--preset", type=preset, metavar="NAME", help="a published model, which sets the paths; list: print a table"
+        )
+        add(
+            "--storyboard", type=existing_path, metavar="FILE", help="YAML file of prompts that change within one video"
         )
         add(
             "--lora_path",
@@ -133,6 +138,7 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint_path", type=existing_path, help="the transformer: a file, or a folder with one")
     add("--num_output_frames", type=int, help="latent frames: 3k, with --i2v 3k+1 (default: 21, 19)")
+    parser.add_switch("--endless", help="a video without end, in files of a minute each")
     add("--num_samples", type=positive, default=1, help="videos of each prompt")
     parser.add_switch(
         "--use_ema", None, help="load the averaged weights, 'generator_ema' (default: as the preset says)"
@@ -144,7 +150,9 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.i2v != (args.image_path is not None):
         raise InputError("--i2v and --image_path (I2V=1 IMAGE_PATH=...) go together: one of them is missing")
-    if args.num_output_frames is None:
+    if args.endless and len(args.prompts or []) > 1:
+        raise InputError("--endless shows one prompt without end: give one, or a --storyboard with prompts over time")
+    if args.num_output_frames is None and not args.endless:
         args.num_output_frames = 19 if args.i2v else 21
     return args
 

@@ -31,7 +31,9 @@ def settings_suffix(args: Namespace) -> str:
     """Return ``-setting`` for each of model, quantization, length and image that is not the default."""
     parts = [*model_parts(args), *quantization_parts(args)]
     if args.model == "self_forcing":
-        parts += [f"latents-{args.num_output_frames}"] if args.num_output_frames != (19 if args.i2v else 21) else []
+        usual = args.endless or args.num_output_frames == (19 if args.i2v else 21)
+        parts += ["endless"] if args.endless else []
+        parts += [] if usual else [f"latents-{args.num_output_frames}"]
         parts += [f"from-{safe_file_name(args.image_path.stem, limit=MAX_BYTES)}"] if args.i2v else []
     else:
         parts += [f"rollouts-{args.num_rollout}"] if args.num_rollout else []

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.model_paths import find_config, find_tiny_vae, resolve_model_paths
-from inferix.cli.prompts import read_prompts
+from inferix.cli.prompts import read_prompts, storyboard_of
 from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
 
@@ -25,6 +25,8 @@ def check(args: Namespace) -> None:
         check_frames(args, config)
     else:
         check_rollouts(args, config)
+    if args.storyboard:
+        storyboard_of(args, config)
 
 
 def check_processes(args: Namespace, world_size: int) -> None:
@@ -39,7 +41,7 @@ def check_frames(args: Namespace, config: PipelineConfig) -> None:
     if args.i2v and args.vae == "tiny":
         raise InputError("the tiny VAE cannot encode the image as the model expects it: leave VAE=tiny out with I2V=1")
     size, given, number = config.num_frame_per_block, 1 if args.i2v else 0, args.num_output_frames
-    if number <= given or (number - given) % size:
+    if number is not None and (number <= given or (number - given) % size):
         wanted = f"a multiple of {size}" + (" plus 1 for the image" if given else "")
         raise InputError(f"num_output_frames must be positive and {wanted}, not {number}")
 
