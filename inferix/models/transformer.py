@@ -160,7 +160,9 @@ class CausalWanTransformer(nn.Module):
             qkv_buffers = self_attention.qkv_buffers(shape)
             hidden_states = block(hidden_states, temb, rotary_emb, encoder_kv[layer], self_attention, qkv_buffers)
         tokens = self.project_out(hidden_states, embedding)
-        return self.unpatchify(tokens if self.context_parallel is None else self.context_parallel.all_gather(tokens), latents)
+        return self.unpatchify(
+            tokens if self.context_parallel is None else self.context_parallel.all_gather(tokens), latents
+        )
 
     def compile_repeated_blocks(self) -> None:
         """Compile the blocks, one code for all of them, and the output projection. A second call does nothing."""

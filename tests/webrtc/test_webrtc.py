@@ -104,7 +104,7 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
             await focus(page, "stop")
             await page.press("Enter")
             await page.until("state.status === 'idle' && document.querySelectorAll('#files a').length === 2")
-            await page.run("document.querySelector('#files a').click()")
+            await page.open(await page.run("document.querySelector('#files a').href"))
             await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 1")
             await page.open(url)
             await page.until("document.body?.dataset.status === 'idle'")
@@ -243,6 +243,19 @@ def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
         assert script.wait().returncode == 0
     (path,) = script.folder.iterdir()
     assert len(video(path)) == 9
+
+
+def test_ctrl_c_completes_an_endless_video(tmp_path):
+    async def body(script: Script):
+        async with ClientSession(script.url()) as session:
+            now = await until(session, lambda now: now["block"] >= 2, 90)
+            assert now["blocks"] is None
+
+    with Script("self_forcing", tmp_path / "out", ENDLESS="1") as script:
+        asyncio.run(body(script))
+        assert script.interrupt() == 130 and "Traceback" not in script.stderr
+    (path,) = script.folder.iterdir()
+    assert path.name.endswith("-endless-00000.mp4") and path.name in script.stdout and len(video(path)) >= 21
 
 
 def test_ctrl_c_while_nobody_has_come(tmp_path):
