@@ -29,8 +29,8 @@ from inferix.cli.main import run
 from inferix.cli.presets import PRESETS
 from inferix.config import PipelineConfig, load_config
 from inferix.pipelines.causal_inference import CausalInferencePipeline
-from inferix.video import wait_for_writers
 from inferix.pipelines.storyboard import read_storyboard
+from inferix.video import wait_for_writers
 from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
 
