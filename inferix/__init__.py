@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from inferix.pipelines.self_forcing import SelfForcingPipeline
 
 __all__ = ["CausVidPipeline", "InputError", "ParallelConfig", "SelfForcingPipeline"]
+__version__ = "0.1.0"
 
 _MODULES = {
     "CausVidPipeline": "inferix.pipelines.causvid",

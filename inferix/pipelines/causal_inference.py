@@ -19,7 +19,7 @@ from inferix.models.causal_attention import rotate_sinks
 from inferix.models.kv_cache import KVCache, WindowConfig
 from inferix.models.kv_offload import OffloadedKVCache
 from inferix.models.scheduler import DenoisingStep
-from inferix.models.transformer import RotaryEmb
+from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, Workers
@@ -50,13 +50,18 @@ class CausalInferencePipeline:
         self.generator.model.context_parallel = self.context_parallel
         self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
-        self.text_encoder = base.text_encoder() if self.is_main_process else None
         self.vae = base.vae() if self.is_main_process else None
+        self.text_encoder = base.text_encoder() if self.is_main_process else None
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"
         self.low_memory = False
         self.kv_cache: KVCache | None = None
         self.cache_key: tuple = ()
+
+    def set_transformer(self, model: CausalWanTransformer) -> None:
+        """Generate with ``model``, of other sizes than the old one, from now on."""
+        model.context_parallel = self.context_parallel
+        self.generator = WanDiffusionWrapper(model, self.config)
 
     @property
     def enable_kv_offload(self) -> bool:
@@ -292,7 +297,9 @@ class CausalInferencePipeline:
         self.generator.model.fuse_qkv_projections()
         model, parallel = self.generator.model, self.context_parallel
         height, width = plan.latent_shape[-2:]
-        num_frames = self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        num_frames = (
+            self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        )
         tokens, heads = height * width // 4, model.config.num_heads
         if parallel is not None:
             tokens, heads = tokens // parallel.ring_size, heads // parallel.ulysses_size
@@ -303,9 +310,7 @@ class CausalInferencePipeline:
         wanted = (kind, shape, window, self.kv_cache_dtype, signature(model))
         if self.kv_cache is None or self.cache_key != wanted:
             self.kv_cache = None  # free the old one, and the graphs that belong to it, first
-            self.kv_cache = kind(
-                model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype
-            )
+            self.kv_cache = kind(model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype)
             self.cache_key = wanted
         self.kv_cache.reset()
         return self.kv_cache

@@ -31,6 +31,8 @@ class CausVidPipeline(Pipeline):
         transformer_weights: bool = True,
         vae: str = "full",
         tiny_vae_path: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
         super().__init__(
             config_path,
@@ -43,6 +45,8 @@ class CausVidPipeline(Pipeline):
             transformer_weights,
             vae,
             tiny_vae_path,
+            height,
+            width,
         )
 
     def stream(
