@@ -8,10 +8,12 @@ import argparse
 import statistics
 from collections.abc import Callable
 
+import checkout  # noqa: F401
 import torch
-from common import Clock, machine_name, markdown_table, relative_error_and_gain, repeat
+from common import Clock, repeat
 from torch import Tensor
 
+from inferix.cli.figures import machine_name, markdown_table, relative_error_and_gain
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast
 

@@ -1,19 +1,15 @@
-"""What the benchmarks share: models of random weights, a clock, errors, tables and plots."""
+"""What the benchmarks share: models of random weights, a clock, latents."""
 
-import json
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "3rd_party/DAX")]  # so that a checkout runs without being installed
-
 import torch
+from checkout import ROOT
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -51,6 +47,27 @@ GEOMETRIES = {
         replace(SAMPLERS["self_forcing"], image_or_video_shape=(1, 21, 16, 16, 16)),
     ),
 }
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Add the flags of the programs that measure one model's clips."""
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="1.3b" if torch.cuda.is_available() else "demo")
+    parser.add_argument("--model", choices=SAMPLERS, default="self_forcing", help="whose sampler")
+    parser.add_argument("--num_frames", type=int, default=21, help="latent frames of a clip (default: 21)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
+    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
+
+
+def find_geometry(args: Namespace) -> Geometry:
+    """Return the geometry that ``--geometry``, ``--model`` and ``--num_frames`` describe."""
+    return with_sampler(GEOMETRIES[args.geometry], args.model, args.num_frames)
+
+
+def with_sampler(geometry: Geometry, model: str, num_frames: int) -> Geometry:
+    """Return ``geometry`` with the sampler of ``model`` and clips of ``num_frames`` latent frames."""
+    batch, _, *shape = geometry.config.image_or_video_shape
+    config = replace(SAMPLERS[model], image_or_video_shape=(batch, num_frames, *shape))
+    return replace(geometry, config=config)
 
 
 class RandomCheckpoint:
@@ -101,12 +118,6 @@ def default_device() -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.float32
-
-
-def machine_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 class Clock:
@@ -197,49 +208,6 @@ def reference_latents(geometry: Geometry, device: torch.device) -> list[Tensor]:
     )
     pipeline.generator.model.to(device)
     return clip_latents(pipeline, random_prompt(geometry, device, torch.float32))
-
-
-def errors_by_block(actual: list[Tensor], exact: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Return relative error and gain of every block."""
-    pairs = [relative_error_and_gain(*pair) for pair in zip(actual, exact)]
-    return [error for error, _ in pairs], [gain for _, gain in pairs]
-
-
-def relative_error_and_gain(actual: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return |actual - exact| / |exact|, and <actual, exact> / <exact, exact>, which shows a loss of magnitude."""
-    actual, exact = actual.double().flatten(), exact.double().flatten()
-    return ((actual - exact).norm() / exact.norm()).item(), (actual @ exact / (exact @ exact)).item()
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def write_report(path: Path, results: Mapping) -> None:
-    """Write ``results`` as JSON, together with the machine and the PyTorch version."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine_name(), "torch": torch.__version__, "command": sys.argv, **results}
-    complete = path.with_suffix(".tmp")  # a run that is cut off leaves the last report whole
-    complete.write_text(json.dumps(report, indent=1, allow_nan=False))
-    complete.replace(path)
-
-
-@contextmanager
-def axes(path: Path, width: float = 8, height: float = 4):
-    """Give matplotlib axes to draw on, and write the picture to ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, plot = pyplot.subplots(figsize=(width, height), layout="constrained")
-    yield plot
-    if plot.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def median_seconds(milliseconds: list[float]) -> float:

@@ -1,102 +1,134 @@
-"""Seconds and memory to load the 1.3B transformer (random weights): bfloat16, quantized after loading, and saved in 8 bits.
+"""Measure seconds and memory to load a transformer of random weights: bfloat16, quantized after loading, saved in 8 bits.
 
-    .venv/bin/python tests/measure_loading.py            # needs 8 GB of disk under TMPDIR, and 6 GB of memory
-
-Each way is a process of its own that finds the file out of the page cache. Time and memory count from the end of the
-imports until every weight has been read (on a GPU: is there). The peak is that of the process, files mapped included.
+Each way is a process of its own that finds the file out of the page cache. Time and memory count from the end of the imports
+until every weight has been read (on a GPU: is there). The peak is that of the process, mapped files included. The 1.3B model
+needs 8 GB of disk under TMPDIR and 6 GB of memory. Prints a Markdown table and writes loading.json.
 """
 
+import argparse
 import gc
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "example/quantization")]
-
+import checkout  # noqa: F401
 import torch
+from common import GEOMETRIES, OUTPUT_FOLDER, Geometry, RandomCheckpoint, default_device
 from torch import nn
 
 from dax.quant.quantization import load_quantized, save_quantized
 from inferix.checkpoints.containers import load_checkpoint
 from inferix.checkpoints.files import load_strict
-from inferix.models.transformer import CausalWanTransformer, TransformerConfig
-from run_self_forcing_quantized import quantize_transformer
+from inferix.cli.figures import machine_name, markdown_table, write_report
+from inferix.cli.main import run
+from inferix.cli.report import format_bytes
+from inferix.models.transformer import CausalWanTransformer
+from quantization import quantize_transformer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ("bfloat16", "bfloat16, then fp8", "saved fp8")
 
 
-def empty() -> CausalWanTransformer:
+def empty(geometry: Geometry) -> CausalWanTransformer:
+    """Return a transformer on the meta device."""
     with torch.device("meta"):
-        return CausalWanTransformer(TransformerConfig()).eval().requires_grad_(False)
+        return CausalWanTransformer(geometry.transformer).eval().requires_grad_(False)
 
 
-def write(folder: Path) -> None:
-    """Random weights, as a checkpoint in bfloat16 and as saved fp8."""
-    model = empty().to(torch.bfloat16).to_empty(device="cpu")
-    for tensor in model.state_dict().values():
-        tensor.normal_(std=0.02)
+def write(geometry: Geometry, folder: Path) -> None:
+    """Write random weights, as a checkpoint in bfloat16 and as saved fp8."""
+    model = RandomCheckpoint(geometry, torch.device("cpu"), torch.bfloat16).transformer()
     torch.save({"generator": model.state_dict()}, folder / "checkpoint.pt")
     quantize_transformer(model)
     save_quantized(model, folder / "saved")
 
 
-def load(way: str, folder: Path) -> nn.Module:
-    model = empty()
+def load(geometry: Geometry, way: str, folder: Path, device: torch.device) -> nn.Module:
+    """Return a transformer with the weights in ``folder``, on ``device``."""
+    model = empty(geometry)
     if way == "saved fp8":
         load_quantized(model, folder / "saved")
     else:
         load_strict(model, load_checkpoint(folder / "checkpoint.pt").state, folder)
-    model.to(DEVICE, torch.bfloat16)
+    model.to(device, torch.bfloat16)
     if way == "bfloat16, then fp8":
         quantize_transformer(model)
     return model
 
 
-def touch(model: nn.Module) -> int:
-    """Read every weight. Returns their bytes."""
+def read_all(model: nn.Module) -> int:
+    """Read every weight; return their bytes."""
     tensors = list(model.state_dict().values())
     for tensor in tensors:
         tensor.view(torch.uint8).amax()
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def memory(key: str) -> int:
-    """``VmRSS`` or ``VmHWM``, its peak, of this process in bytes."""
+def process_bytes(key: str) -> int:
+    """Return this process's resident memory, ``VmRSS``, or its peak, ``VmHWM`` (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def measured(way: str, folder: Path) -> tuple[float, int, int, int]:
-    """Seconds, bytes of the weights, bytes by which resident memory grew at its peak, and the GPU's peak."""
+def measure(geometry: Geometry, way: str, folder: Path) -> dict[str, float]:
+    """Load in this process; return the seconds and the bytes: of the weights, by which the process grew, on the GPU."""
+    device, _ = default_device()
     gc.collect()
-    before, start = memory("VmRSS"), time.perf_counter()
-    size = touch(load(way, folder))
-    seconds, grown = time.perf_counter() - start, memory("VmHWM") - before
-    return seconds, size, grown, torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    before, start = process_bytes("VmRSS"), time.perf_counter()
+    weights = read_all(load(geometry, way, folder, device))
+    result = {"seconds": time.perf_counter() - start, "weights": weights}
+    result["peak"] = process_bytes("VmHWM") - before
+    if device.type == "cuda":
+        result["gpu_peak"] = torch.cuda.max_memory_allocated()
+    return result
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(*measured(sys.argv[1], Path(sys.argv[2])))
+def drop_from_page_cache(folder: Path) -> None:
+    """Write the files in ``folder`` to disk and let go of their pages."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the figures of every way as Markdown."""
+    columns = {"weights": "weights", "peak": "peak memory", "gpu_peak": "peak memory of the GPU"}
+    columns = {key: column for key, column in columns.items() if all(key in result for result in results.values())}
+    rows = [
+        [way, f"{result['seconds']:.1f}", *(format_bytes(result[key]) for key in columns)]
+        for way, result in results.items()
+    ]
+    return markdown_table(["way", "seconds", *columns.values()], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="1.3b")
+    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
+    parser.add_argument("--way", choices=WAYS, help="measure this way alone, in this process, from --weights_folder")
+    parser.add_argument("--weights_folder", type=Path, help="holds checkpoint.pt and saved/")
+    args = parser.parse_args(argv)
+    geometry = GEOMETRIES[args.geometry]
+    if args.way:
+        print(json.dumps(measure(geometry, args.way, args.weights_folder)))
         return
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        print("| | weights GB | seconds | memory GB at the peak | GPU memory GB at the peak |\n|---|---|---|---|---|")
+        write(geometry, Path(folder))
         for way in WAYS:
-            for path in Path(folder).rglob("*.*t*"):
-                with path.open("rb") as file:
-                    os.fsync(file)
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            command = [sys.executable, __file__, way, folder]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-            seconds, size, grown, gpu = map(float, output)
-            print(f"| {way} | {size / 1e9:.2f} | {seconds:.1f} | {grown / 1e9:.2f} | {gpu / 1e9:.2f} |", flush=True)
+            drop_from_page_cache(Path(folder))
+            command = [sys.executable, __file__, "--geometry", args.geometry, "--way", way, "--weights_folder", folder]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[way] = json.loads(output)
+            write_report(args.output_folder / "loading.json", {"geometry": args.geometry, "ways": results})
+            print(f"{way}: {results[way]['seconds']:.1f} s", flush=True)
+    print(f"\n{machine_name()}, {args.geometry}\n\n{table(results)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

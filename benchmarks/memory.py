@@ -1,95 +1,72 @@
-"""What does a clip cost? Seconds and GPU memory by part, on one GPU or several, offloaded or not, with random weights.
+"""Measure what a clip costs, seconds and GPU memory by part, on one GPU or several, offloaded or not, with random weights.
 
-    ./example/quantization/memory_benchmark.sh --settings full fp8 int8 low          # the README's table
-    NPROC=2 ./example/quantization/memory_benchmark.sh --settings full fp8 --model causvid
-    ./example/quantization/memory_benchmark.sh --settings low --limit_gb 7
+    ./benchmarks/memory_benchmark.sh --settings bf16 fp8 int8 low
+    NPROC=2 ./benchmarks/memory_benchmark.sh --settings bf16 fp8 --model causvid
+    ./benchmarks/memory_benchmark.sh --settings low --limit_gb 7
 
-Seconds are those of the clip's latents (seven blocks at the real geometry), a median after warm-up. Memory is the peak of
-everything: prompt encoded by a UMT5-XXL, latents, frames. "Device" is what the whole device has in use, CUDA itself and
-other programs included. Settings that end in "+offload" keep the cache in host memory.
+Seconds are those of the clip's latents (seven blocks), a median after warm-up. Memory is the peak of everything: prompt
+encoded by a UMT5-XXL, latents, frames; of the first GPU. "Device" is what the whole device has in use, CUDA itself and other
+programs included. Settings that end in "+offload" keep the cache in host memory; "low" is --low_memory. Prints a Markdown
+table and writes memory.json.
 """
 
 import argparse
-import gc
-import json
-import math
-import statistics
 import sys
 import threading
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout runs without being installed
-
+import checkout  # noqa: F401
 import torch
-from inferix.pipelines.inference import CausalInferencePipeline
-from run_benchmark import GEOMETRIES, Clock, Geometry, RandomBase, denoise_clip
+from common import (
+    ROOT,
+    Clock,
+    Geometry,
+    RandomCheckpoint,
+    add_flags,
+    clip_latents,
+    find_geometry,
+    median_seconds,
+    random_prompt,
+    repeat,
+)
+from settings import FP8, SETTINGS, Setting, build, denoise_clip, free_memory
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-import quantization
 from inferix.cli.devices import parallel_config
+from inferix.cli.figures import machine_name, markdown_table, write_report
 from inferix.cli.main import run
+from inferix.cli.report import format_bytes
+from inferix.config import ParallelConfig
 from inferix.models.text_encoder import TextEncoder, load_tokenizer
-from inferix.models.vae import StreamingDecoder
+from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
-from run_self_forcing_quantized import quantize_transformer
+from quantization import quantize_text_encoder
 
-SAMPLERS = {
-    "self_forcing": {},
-    "causvid": {"denoising_step_list": (1000, 757, 522), "warp_denoising_step": False, "timestep_shift": 8.0},
+SETTINGS = {name: setting for name, setting in SETTINGS.items() if setting.package is None} | {
+    "bf16+offload": Setting(offload=True),
+    "fp8+offload": Setting(FP8, offload=True),
+    "low": Setting(FP8, low_memory=True),
 }
-
-QUANTIZED = {
-    "full": "",
-    "fp8": "fp8",
-    "int8": "int8",
-    "fp8+fp8kv": "fp8",
-    "full+offload": "",
-    "fp8+offload": "fp8",
-    "fp8+fp8kv+offload": "fp8",
-    "low": "fp8",
+TEXT_ENCODERS = {
+    4096: UMT5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
+    64: UMT5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"),
 }
-"""Every setting, and what its weights are quantized to; "low" is --low_memory."""
-
-UMT5 = {
-    4096: UMT5Config(
-        vocab_size=256384,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    ),
-    64: UMT5Config(
-        vocab_size=256384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
-    ),
-}
-"""The text encoders, by the width of what they give."""
+"""By the width of their embeddings: UMT5-XXL, and one for the demo's size."""
+VOCABULARY_SIZE = 256384
+PROMPT = "A cat walks on the moon"
 
 
-class WholeBase(RandomBase):
-    """Random weights in the dtype that they are stored in, the text encoder's among them."""
-
-    def __init__(self, geometry: Geometry, device: torch.device, dtype: torch.dtype):
-        super().__init__(geometry, device)
-        self.dtype = dtype
-
-    def transformer(self):
-        torch.set_default_dtype(self.dtype)
-        try:
-            return super().transformer()
-        finally:
-            torch.set_default_dtype(torch.float32)
+class CheckpointWithText(RandomCheckpoint):
+    """``RandomCheckpoint`` with a text encoder, in host memory, where that of a file would be mapped."""
 
     def text_encoder(self) -> TextEncoder:
-        """In host memory, where a file's would be mapped; each block is filled on the device, which is faster."""
+        config = TEXT_ENCODERS[self.geometry.transformer.text_dim]
+        config.vocab_size = VOCABULARY_SIZE
         with torch.device("meta"):
-            model = UMT5EncoderModel(UMT5[self.geometry.transformer.text_dim]).to(self.dtype)
+            model = UMT5EncoderModel(config).to(self.dtype)
         for part in (model.shared, *model.encoder.block, model.encoder.final_layer_norm):
-            part.to_empty(device=self.device)
+            part.to_empty(device=self.device)  # filled on the device, which is faster
             for weight in part.parameters():
                 weight.data.normal_(std=0.02)
             part.to("cpu")
@@ -99,10 +76,10 @@ class WholeBase(RandomBase):
 
 
 class DevicePeak:
-    """The most memory that was in use on the whole GPU while entered, sampled a hundred times a second."""
+    """The most memory in use on the whole GPU while entered, sampled a hundred times a second."""
 
     def __init__(self, device: torch.device):
-        self.device, self.bytes, self.over = device, 0, threading.Event()
+        self.device, self.bytes, self.ended = device, 0, threading.Event()
 
     def __enter__(self) -> "DevicePeak":
         if self.device.type == "cuda":
@@ -110,113 +87,122 @@ class DevicePeak:
         return self
 
     def __exit__(self, *_) -> None:
-        self.over.set()
+        self.ended.set()
 
     def sample(self) -> None:
-        while not self.over.wait(0.01):
+        while not self.ended.wait(0.01):
             free, total = torch.cuda.mem_get_info(self.device)
             self.bytes = max(self.bytes, total - free)
 
 
-def build(geometry: Geometry, setting: str, device, dtype, sizes: tuple[int | None, int | None]):
-    base = WholeBase(geometry, device, dtype)
-    parallel = parallel_config(*sizes, geometry.transformer.num_heads)
-    pipeline = CausalInferencePipeline(geometry.config, base, device, dtype, parallel, setting.endswith("+offload"))
-    pipeline.to_device(low_memory=setting == "low")
-    if QUANTIZED[setting]:
-        quantize_transformer(pipeline.generator.model, QUANTIZED[setting])  # per token: no scale to be shared
-        if setting == "low" and pipeline.leads:
-            quantization.quantize_text_encoder(pipeline.text_encoder, QUANTIZED[setting])
-    pipeline.set_kv_cache_dtype("fp8" if "fp8kv" in setting else "auto")
-    return pipeline
-
-
 @torch.no_grad()
-def whole_clip(pipeline: CausalInferencePipeline) -> Tensor:
-    """Prompt to frames, these dropped as they come; the latents [B, F, 16, h, w] on the CPU."""
+def prompt_to_frames(pipeline: CausalInferencePipeline) -> None:
+    """Generate a clip as the scripts do, and drop its frames."""
     generator = torch.Generator(pipeline.device).manual_seed(0)
-    embeds = pipeline.text_encoder(["A cat walks on the moon"])
+    embeds = pipeline.text_encoder([PROMPT])
     noise = pipeline.draw(pipeline.config.image_or_video_shape, generator)
-    decode, latents = StreamingDecoder(pipeline.vae), []
+    decode = pipeline.vae.streaming_decoder()
     for block in pipeline.denoise(noise, embeds, generator=generator):
         decode(block).cpu()
-        latents.append(block.cpu())
-    return torch.cat(latents, dim=1)
 
 
-def on_device(tensors, device: torch.device) -> float:
-    """GB of those tensors that are there, each storage once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == device.type
-    }
-    return sum(storages.values()) / 1e9
+def bytes_on_device(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """Return the bytes of those tensors that are on the device, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def measure(pipeline: CausalInferencePipeline, device_peak: int, repeats: int) -> dict[str, float]:
-    """GB by part, and seconds, once a clip was made."""
-    device, cuda = pipeline.device, pipeline.device.type == "cuda"
-    cache, encoder, vae = pipeline.cache, pipeline.text_encoder.model, pipeline.vae
-    stored = [cache.keys, cache.values] if hasattr(cache, "keys") else [*cache.windows, *cache.resident.values()]
+def memory_by_part(pipeline: CausalInferencePipeline, device_peak: int) -> dict[str, int]:
+    """Return the bytes on the device by part, once a clip was generated; the peaks on a GPU alone."""
+    cache, encoder, vae = pipeline.kv_cache, pipeline.text_encoder.model, pipeline.vae
+    if pipeline.enable_kv_offload:
+        cached = [*cache.resident.values(), *cache.staging_buffers]
+    else:
+        cached = [cache.keys, cache.values]
     parts = {
-        "transformer": num_bytes(pipeline.generator.model) / 1e9,
-        "text encoder": on_device([*encoder.parameters(), *encoder.buffers()], device),
-        "cache": on_device(stored, device),
-        "VAE": on_device([*vae.model.parameters(), *vae.decoder.parameters()], device),
+        "transformer": num_bytes(pipeline.generator.model),
+        "text encoder": bytes_on_device([*encoder.parameters(), *encoder.buffers()], pipeline.device),
+        "cache": bytes_on_device(cached, pipeline.device),
+        "VAE": bytes_on_device([*vae.model.parameters(), *vae.decoder.parameters()], pipeline.device),
     }
-    allocated = torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
-    reserved = torch.cuda.max_memory_reserved() / 1e9 if cuda else math.nan
-    parts |= {"activations": allocated - sum(parts.values()), "peak": allocated, "reserved": reserved}
-    parts["device"] = device_peak / 1e9
-    text = pipeline.generator.model.config
-    embeds = torch.randn(1, text.text_len, text.text_dim).to(device, pipeline.dtype)
-    times = [denoise_clip(pipeline, embeds, Clock(device), decode=False)["clip_ms"] for _ in range(repeats)]
-    return parts | {"clip s": statistics.median(times) / 1000, "fastest s": min(times) / 1000}
+    if pipeline.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        parts |= {"activations": peak - sum(parts.values()), "peak": peak}
+        parts |= {"reserved": torch.cuda.max_memory_reserved(), "device": device_peak}
+    return parts
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure(
+    geometry: Geometry,
+    setting: Setting,
+    parallel: ParallelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> tuple[dict, list[Tensor]]:
+    """Return the figures of a setting and a clip's latents by block; {} and [] on ranks that take part only."""
+    free_memory(device)
+    with DevicePeak(device) as peak:
+        pipeline = build(geometry, setting, device, dtype, parallel, CheckpointWithText)
+        if not pipeline.is_main_process:
+            pipeline.worker_loop()
+            return {}, []
+        if setting.low_memory:
+            quantize_text_encoder(pipeline.text_encoder, "fp8")
+        prompt_to_frames(pipeline)
+    parts = memory_by_part(pipeline, peak.bytes)
+    embeds = random_prompt(geometry, device, dtype)
+    times = repeat(lambda: denoise_clip(pipeline, embeds), Clock(device), repeats)
+    latents = clip_latents(pipeline, embeds)
+    if pipeline.context_parallel is not None:
+        pipeline.context_parallel.close()
+    return {"bytes": parts, "clip_s": median_seconds(times), "fastest_s": min(times) / 1000}, latents
+
+
+def check_offload(name: str, latents: dict[str, list[Tensor]]) -> None:
+    """Say whether an offloaded cache gave the same latents, to the bit, as the setting without."""
+    kept = latents.get(name.removesuffix("+offload"))
+    if name.endswith("+offload") and kept is not None:
+        same = all(map(torch.equal, kept, latents[name]))
+        print(f"{name}: latents {'the same to the bit' if same else 'DIFFER'}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="real" if cuda else "demo")
-    parser.add_argument("--settings", nargs="+", choices=QUANTIZED, default=["full", "fp8", "int8", "low"])
-    parser.add_argument("--model", choices=SAMPLERS, default="self_forcing")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["bf16", "fp8", "int8", "low"])
     parser.add_argument("--ulysses_size", type=int)
     parser.add_argument("--ring_size", type=int)
-    parser.add_argument("--repeats", type=int, default=3, help="timed clips of each")
     parser.add_argument("--limit_gb", type=float, help="fail where PyTorch's allocator needs more")
     args = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
-    geometry = GEOMETRIES[args.geometry]
-    geometry = replace(geometry, config=replace(geometry.config, **SAMPLERS[args.model]))
-    local_rank = parallel_config(None, None, 1).local_rank
-    device, dtype = (torch.device("cuda", local_rank), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    geometry = find_geometry(args)
+    parallel = parallel_config(args.ulysses_size, args.ring_size, geometry.transformer.num_heads)
+    device, dtype = torch.device("cpu"), torch.float32
     if cuda:
+        device, dtype = torch.device("cuda", parallel.local_rank), torch.bfloat16
         torch.cuda.set_device(device)
         if args.limit_gb:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(args.limit_gb * 1e9 / total, device)
-    clips: dict[str, Tensor] = {}
-    for setting in args.settings:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with DevicePeak(device) as peak:
-            pipeline = build(geometry, setting, device, dtype, (args.ulysses_size, args.ring_size))
-            clip = whole_clip(pipeline) if pipeline.leads else None
-        if pipeline.leads:
-            figures, clips[setting] = measure(pipeline, peak.bytes, args.repeats), clip
-            print(
-                args.model, setting, json.dumps({name: round(value, 3) for name, value in figures.items()}), flush=True
-            )
-            if setting.removesuffix("+offload") in clips and setting.endswith("+offload"):
-                same = torch.equal(clips[setting], clips[setting.removesuffix("+offload")])
-                print(f"{setting}: latents {'the same to the bit' if same else 'DIFFER'}", flush=True)
-            if pipeline.parallel:
-                pipeline.parallel.close()
-        else:
-            pipeline.follow()
-        del pipeline
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+    results, latents = {}, {}
+    for name in args.settings:
+        figures, latents[name] = measure(geometry, SETTINGS[name], parallel, device, dtype, args.repeats)
+        if figures:
+            results[name] = figures
+            parts = ", ".join(f"{part} {format_bytes(size)}" for part, size in figures["bytes"].items())
+            print(f"{name}: clip {figures['clip_s']:.3f} s, {parts}", flush=True)
+            check_offload(name, latents)
+            report = {"geometry": args.geometry, "model": args.model, "processes": parallel.world_size}
+            write_report(args.output_folder / "memory.json", report | {"settings": results})
+    if results:
+        parts = list(next(iter(results.values()))["bytes"])
+        rows = [
+            [name, *(format_bytes(figures["bytes"][part]) for part in parts), f"{figures['clip_s']:.3f}"]
+            for name, figures in results.items()
+        ]
+        print(f"\n{parallel.world_size} x {machine_name()}, {args.geometry}, {args.model}\n")
+        print(markdown_table(["setting", *parts, "clip s"], rows))
 
 
 if __name__ == "__main__":

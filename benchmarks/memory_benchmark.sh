@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Measures what a clip costs on this machine, in seconds and GPU memory; see run_memory_benchmark.py, which has the flags.
+# Measures what a clip costs on this machine, seconds and GPU memory; every flag of memory.py can be given.
 # NPROC processes (default: 1) share each clip.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
-python=python3
-if [[ -z "${VIRTUAL_ENV:-}" && -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"; fi
-NPROC="${NPROC:-1}" exec "$python" "$here/launch.py" "$here/run_memory_benchmark.py" "$@"
+ROOT="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)" # readlink: this may be a symlink
+PYTHON=python3
+if [[ -z "${VIRTUAL_ENV:-}" && -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi
+NPROC="${NPROC:-1}" exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/benchmarks/memory.py" "$@"

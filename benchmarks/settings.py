@@ -28,8 +28,7 @@ class Setting:
     quantize: Callable[[nn.Module], object] | None = None
     kv_cache_dtype: str = "auto"
     offload: bool = False
-    max_error: float = 0.03
-    """Relative error of a block's latents above which the row is marked."""
+    low_memory: bool = False
     package: str | None = None
     """The other library that this row measures."""
 
@@ -38,14 +37,14 @@ FP8 = dax(qconfigs.get_dynamic_fp8_per_token_act_per_channel_weight_qconfig)
 INT8 = dax(qconfigs.get_dynamic_int8_per_token_act_per_channel_weight_qconfig)
 SETTINGS = {
     "bf16": Setting(),
-    "fp8": Setting(FP8, max_error=0.07),
-    "fp8+fp8kv": Setting(FP8, "fp8", max_error=0.075),
-    "bf16+fp8kv": Setting(None, "fp8", max_error=0.045),
+    "fp8": Setting(FP8),
+    "fp8+fp8kv": Setting(FP8, "fp8"),
+    "bf16+fp8kv": Setting(None, "fp8"),
     "int8": Setting(INT8),
-    "fp8-tensor": Setting(dax(qconfigs.get_default_dynamic_fp8_qconfig), max_error=0.09),
-    "int8-tensor": Setting(dax(qconfigs.get_default_dynamic_int8_qconfig), max_error=0.05),
-    "fp8+fp8kv+offload": Setting(FP8, "fp8", offload=True, max_error=0.075),
-    "torchao-fp8": Setting(quantize_with_torchao, max_error=0.07, package="torchao"),
+    "fp8-tensor": Setting(dax(qconfigs.get_default_dynamic_fp8_qconfig)),
+    "int8-tensor": Setting(dax(qconfigs.get_default_dynamic_int8_qconfig)),
+    "fp8+fp8kv+offload": Setting(FP8, "fp8", offload=True),
+    "torchao-fp8": Setting(quantize_with_torchao, package="torchao"),
     "flashdreams": Setting(package="flashdreams"),
 }
 
@@ -77,11 +76,12 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     parallel: ParallelConfig | None = None,
+    checkpoint: type[RandomCheckpoint] = RandomCheckpoint,
 ) -> CausalInferencePipeline:
     """Return a pipeline of random weights, quantized, on the device."""
-    checkpoint = RandomCheckpoint(geometry, device, dtype)
-    pipeline = CausalInferencePipeline(geometry.config, checkpoint, device, dtype, parallel, setting.offload)
-    pipeline.to_device()
+    base = checkpoint(geometry, device, dtype)
+    pipeline = CausalInferencePipeline(geometry.config, base, device, dtype, parallel, setting.offload)
+    pipeline.to_device(setting.low_memory)
     pipeline.set_kv_cache_dtype(setting.kv_cache_dtype)
     if setting.quantize is not None:
         setting.quantize(pipeline.generator.model)

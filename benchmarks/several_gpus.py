@@ -18,10 +18,10 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import checkout  # noqa: F401
 import torch
 import torch.distributed as dist
 from common import (
@@ -31,20 +31,19 @@ from common import (
     Geometry,
     block_functions,
     clip_latents,
-    errors_by_block,
-    machine_name,
-    markdown_table,
     median_seconds,
     random_prompt,
     repeat,
     timed,
-    write_report,
+    with_sampler,
 )
 from settings import SETTINGS, build, denoise_clip, free_memory
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from inferix.cli.figures import errors_by_block, machine_name, markdown_table, write_report
 from inferix.cli.main import run
+from inferix.cli.report import format_bytes
 from inferix.config import ParallelConfig
 from inferix.distributed.context_parallel import ContextParallel, check_sizes
 from inferix.errors import InputError
@@ -179,10 +178,7 @@ class Benchmark:
 
     def run(self) -> None:
         for name in self.args.geometries:
-            geometry = GEOMETRIES[name]
-            batch, frames, *shape = geometry.config.image_or_video_shape
-            shape = (batch, self.args.num_frames or frames, *shape)
-            geometry = replace(geometry, config=replace(geometry.config, image_or_video_shape=shape))
+            geometry = with_sampler(GEOMETRIES[name], "self_forcing", self.args.num_frames)
             if not self.proceed():
                 return
             references = self.measure_references(name, geometry)
@@ -246,7 +242,7 @@ def cells(row: Mapping) -> dict[str, str]:
         "full-window block ms": f"{row['full_window_block_ms']:.1f}",
         "block speed-up": f"{row['block_speedup']:.2f}",
         "NCCL": f"{row['nccl_share']:.1%}" if "nccl_share" in row else "",
-        "peak GB a GPU": f"{row['peak_gb']:.2f}" if "peak_gb" in row else "",
+        "peak memory of a GPU": format_bytes(row["peak_gb"] * 1e9) if "peak_gb" in row else "",
         "largest error": f"{max(row['error']):.4f}",
         "last gain": f"{row['gain'][-1]:.4f}",
     }
@@ -276,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=["1.3b", "14b"] if cuda else ["demo"])
     parser.add_argument("--splits", nargs="+", help="Ulysses x ring (4x1 2x2); default: all")
     parser.add_argument("--settings", nargs="+", choices=ours, default=["bf16", "fp8+fp8kv"])
-    parser.add_argument("--num_frames", type=int, help="latent frames of a clip; default: 21")
+    parser.add_argument("--num_frames", type=int, default=21, help="latent frames of a clip (default: 21)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--time_limit", type=float, help="seconds after which no other row is begun")
     parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)

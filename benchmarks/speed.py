@@ -6,37 +6,44 @@ attention, from the same weights and draws. ``--help`` lists the flags.
 """
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 from common import (
-    GEOMETRIES,
-    OUTPUT_FOLDER,
-    SAMPLERS,
     Clock,
     Geometry,
     RandomCheckpoint,
-    axes,
+    add_flags,
     clip_latents,
     default_device,
-    errors_by_block,
-    machine_name,
-    markdown_table,
+    find_geometry,
     median_seconds,
     random_prompt,
     reference_latents,
     repeat,
     time_blocks,
-    write_report,
 )
 from peers import block_figures, measure_flashdreams
 from settings import SETTINGS, build, denoise_clip, free_memory, missing
 from torch import Tensor
 
+from inferix.cli.figures import (
+    axes,
+    block_table,
+    errors_by_block,
+    format_error,
+    format_gain,
+    machine_name,
+    markdown_table,
+    plot_errors_by_block,
+    write_report,
+)
+from inferix.cli.main import run
+from inferix.cli.report import format_bytes
 from inferix.errors import InputError
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
@@ -98,8 +105,8 @@ def measure_vae(geometry: Geometry, repeats: int) -> float:
 
 
 COLUMNS = {
-    "weights_gb": "weights GB",
-    "peak_gb": "peak GB",
+    "weights_gb": "weights",
+    "peak_gb": "peak memory",
     "cold_start_s": "cold start s",
     "clip_s": "clip s",
     "seven_blocks_s": "7 blocks s",
@@ -110,29 +117,31 @@ COLUMNS = {
 }
 
 
-def tables(results: dict[str, dict]) -> str:
+def cells(result: Mapping) -> dict[str, str]:
+    """Return the figures of a setting as text, by the header of ``COLUMNS``."""
+
+    def text(key: str) -> str:
+        if key not in result:
+            return ""
+        return format_bytes(result[key] * 1e9) if key.endswith("_gb") else f"{result[key]:.4g}"
+
+    return {header: text(key) for key, header in COLUMNS.items()}
+
+
+def tables(results: Mapping[str, dict]) -> str:
     """Return the figures, the relative error and the gain by block, and the milliseconds by block, as Markdown."""
-    figures = [
-        [name, *(f"{result[key]:.4g}" if key in result else "" for key in COLUMNS)] for name, result in results.items()
-    ]
-    parts = [markdown_table(["setting", *COLUMNS.values()], figures)]
-    blocks = len(next(iter(results.values()))["block_ms"])
-    header = ["setting", *(f"block {i}" for i in range(1, blocks + 1))]
-    with_error = {name: result for name, result in results.items() if "error" in result}
-    if with_error:
-        errors = [[name, *(error_cell(name, e) for e in result["error"])] for name, result in with_error.items()]
-        gains = [[name, *(f"{gain:.4f}" for gain in result["gain"])] for name, result in with_error.items()]
-        parts += ["Relative error to float32:", markdown_table(header, errors), "Gain:", markdown_table(header, gains)]
-    times = [
-        [name, *(f"{ms:.1f} ({low:.1f}–{high:.1f})" for ms, (low, high) in zip(r["block_ms"], r["block_spread_ms"]))]
+    rows = [[name, *cells(result).values()] for name, result in results.items()]
+    parts = [markdown_table(["setting", *COLUMNS.values()], rows)]
+    compared = {name: result for name, result in results.items() if "error" in result}
+    if compared:
+        errors = {name: [format_error(error, name) for error in r["error"]] for name, r in compared.items()}
+        gains = {name: [format_gain(gain) for gain in r["gain"]] for name, r in compared.items()}
+        parts += ["Relative error to float32:", block_table(errors), "Gain:", block_table(gains)]
+    times = {
+        name: [f"{ms:.1f} ({low:.1f}–{high:.1f})" for ms, (low, high) in zip(r["block_ms"], r["block_spread_ms"])]
         for name, r in results.items()
-    ]
-    return "\n\n".join([*parts, "Milliseconds, fastest and slowest run:", markdown_table(header, times)])
-
-
-def error_cell(name: str, error: float) -> str:
-    """Return an error as text, marked where it exceeds the setting's limit."""
-    return f"{error:.4f}" + (" **TOO HIGH**" if not error <= SETTINGS[name].max_error else "")
+    }
+    return "\n\n".join([*parts, "Milliseconds, fastest and slowest run:", block_table(times)])
 
 
 def plot_seconds(results: dict[str, dict], path: Path) -> None:
@@ -146,47 +155,32 @@ def plot_seconds(results: dict[str, dict], path: Path) -> None:
         plot.margins(x=0.1)
 
 
-def plot_errors(results: dict[str, dict], path: Path) -> None:
-    with axes(path) as plot:
-        for name, result in results.items():
-            if "error" in result:
-                plot.plot(range(1, len(result["error"]) + 1), result["error"], marker="o", label=name)
-        plot.set_xlabel("block")
-        plot.set_ylabel("relative error of the latents")
-        plot.set_ylim(bottom=0)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    geometries = list(GEOMETRIES)
-    parser.add_argument("--geometry", choices=geometries, default="1.3b" if torch.cuda.is_available() else "demo")
+    add_flags(parser)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: all that can be run here")
-    parser.add_argument("--model", choices=SAMPLERS, default="self_forcing")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--no_error", action="store_true", help="do not compute the float32 reference")
-    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
     args = parser.parse_args(argv)
     names = args.settings or [name for name in SETTINGS if not missing(name)]
     for name in names:
         if reason := missing(name):
             raise InputError(reason)
-    geometry = GEOMETRIES[args.geometry]
-    sampler = replace(SAMPLERS[args.model], image_or_video_shape=geometry.config.image_or_video_shape)
-    geometry = replace(geometry, config=sampler)
+    geometry = find_geometry(args)
     exact = None if args.no_error else reference_latents(geometry, default_device()[0])
     report = {"geometry": args.geometry, "vae_decode_s": measure_vae(geometry, args.repeats), "settings": {}}
     print(f"VAE decode of the clip: {report['vae_decode_s']:.3f} s", flush=True)
     for name in names:
         report["settings"][name] = measure(geometry, name, exact, args.repeats)
-        print(name, json.dumps(report["settings"][name]), flush=True)
+        figures = cells(report["settings"][name])
+        print(f"{name}: " + ", ".join(f"{header} {cell}" for header, cell in figures.items() if cell), flush=True)
         write_report(args.output_folder / "benchmark.json", report)
     print(f"\n{machine_name()}, torch {torch.__version__}, {args.geometry} geometry\n\n{tables(report['settings'])}")
     plot_seconds(report["settings"], args.output_folder / "benchmark.png")
-    plot_errors(report["settings"], args.output_folder / "benchmark_error.png")
+    if exact is not None:
+        compared = {name: result for name, result in report["settings"].items() if "error" in result}
+        errors, gains = ({name: result[key] for name, result in compared.items()} for key in ("error", "gain"))
+        plot_errors_by_block(errors, gains, args.output_folder / "benchmark_error.png")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run(main))

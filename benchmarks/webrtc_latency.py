@@ -1,24 +1,34 @@
-"""How long a viewer on this machine waits: for the first frame after opening the page, and for each frame after that.
+"""Measure how long a viewer on this machine waits: for the first frame after opening the page, and for each frame after that.
 
-python tests/measure_webrtc.py
+Streams the demo model's video to Chromium, which reads the time that is drawn into each frame. Prints a Markdown table and
+writes webrtc_latency.json.
 """
 
+import argparse
 import asyncio
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 from aiohttp import ClientSession
 from chromium import chromium
+from common import OUTPUT_FOLDER
 from live import Script, until
+from torch import Tensor
 
+from inferix.cli.figures import machine_name, markdown_table, write_report
+from inferix.cli.main import run
 from inferix.video import FPS
-from inferix.webrtc import Live, WebRTCConfig
+from inferix.webrtc.playout import Playout
+from inferix.webrtc.server import Server
+from inferix.webrtc.session import Session, WebRTCConfig
 
-FIRST_FRAME = "performance.getEntriesByName('first-frame')[0]?.startTime"
+FIRST_FRAME = "document.readyState === 'complete' && performance.getEntriesByName('first-frame')[0]?.startTime"
 READ_CLOCK = """new Promise(done => {
     const delays = [], canvas = new OffscreenCanvas(128, 128).getContext("2d", { willReadFrequently: true });
     video.requestVideoFrameCallback(function look(now, { expectedDisplayTime }) {
@@ -26,56 +36,73 @@ READ_CLOCK = """new Promise(done => {
         const shown = performance.timeOrigin + expectedDisplayTime;
         let drawn = 0;
         for (let bit = 0; bit < 16; bit++) drawn |= (canvas.getImageData(bit * 8 + 4, 64, 1, 1).data[0] > 127) << bit;
-        delays.push((shown - drawn) % 65536);
-        delays.length < 160 ? video.requestVideoFrameCallback(look) : done(delays);
+        delays.push((shown - drawn + 65536) % 65536);
+        delays.length < COUNT ? video.requestVideoFrameCallback(look) : done(delays);
     });
 })"""
 
 
 async def page_load_to_first_frame(url: str) -> float:
-    """Milliseconds, on a stream that is under way."""
+    """Return the milliseconds from opening the page of a running stream to its first frame."""
     async with ClientSession(url) as session:
-        await until(session, lambda now: now["block"] >= 1, 60)
+        await until(session, lambda now: now["block"] >= 1)
     async with chromium() as page:
         await page.open(url)
-        return await page.until(f"document.readyState === 'complete' && {FIRST_FRAME}", 30)
+        return await page.until(FIRST_FRAME)
 
 
-def draw_clock() -> torch.Tensor:
-    """A frame [1, 3, 128, 128] of 16 bars: the last bits of the time in milliseconds."""
+def draw_clock() -> Tensor:
+    """Return a frame [1, 3, 128, 128] of 16 bars: the last bits of the time in milliseconds."""
     milliseconds = int(time.time() * 1000)
     bars = torch.tensor([float(milliseconds >> bit & 1) for bit in range(16)])
     return bars.repeat_interleave(8).expand(1, 3, 128, 128)
 
 
-async def glass_to_glass(live: Live) -> list[float]:
-    """Milliseconds from drawing a frame to seeing it on the page, frame by frame."""
-    ended = threading.Event()
+async def frame_delays(url: str, count: int) -> list[float]:
+    """Return the milliseconds from drawing a frame to seeing it on the page, of ``count`` frames."""
+    async with chromium() as page:
+        await page.open(url)
+        await page.until(FIRST_FRAME)
+        return await page.run(READ_CLOCK.replace("COUNT", str(count)))
 
-    def draw():
+
+def stream_clock(count: int) -> list[float]:
+    """Return ``frame_delays`` of a stream of clocks; nothing is generated besides."""
+    playout, ended = Playout(), threading.Event()
+    server = Server(Session(WebRTCConfig(port=0), playout))
+
+    def draw() -> None:
         while not ended.wait(1 / FPS):
-            live.playout.push(draw_clock())
+            playout.push(draw_clock())
 
-    threading.Thread(target=draw).start()
+    server.open()
+    thread = threading.Thread(target=draw)
+    thread.start()
     try:
-        async with chromium() as page:
-            await page.open(live.server.url)
-            await page.until(f"document.readyState === 'complete' && {FIRST_FRAME}", 30)
-            return await page.run(READ_CLOCK)
+        return asyncio.run(frame_delays(server.url, count))
     finally:
         ended.set()
+        thread.join()
+        server.close()
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        with Script("causvid", Path(folder) / "out", NUM_ROLLOUT="1000") as script:
-            loads = [asyncio.run(page_load_to_first_frame(script.url())) for _ in range(5)]
-    with Live(WebRTCConfig(port=0)) as live:
-        delays = asyncio.run(glass_to_glass(live))
-    print(f"page load to first frame: {statistics.median(loads):.0f} ms ({min(loads):.0f} to {max(loads):.0f})")
-    tenths = statistics.quantiles(delays, n=10)
-    print(f"drawn to shown: {statistics.median(delays):.0f} ms (nine of ten frames within {tenths[-1]:.0f} ms)")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loads", type=int, default=5, help="how often the page is opened")
+    parser.add_argument("--frames", type=int, default=160, help="frames whose delay is measured")
+    parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder, Script("causvid", Path(folder) / "out", NUM_ROLLOUT="1000") as script:
+        url = script.url()
+        loads = [asyncio.run(page_load_to_first_frame(url)) for _ in range(args.loads)]
+    delays = stream_clock(args.frames)
+    write_report(args.output_folder / "webrtc_latency.json", {"page_load_ms": loads, "frame_delay_ms": delays})
+    rows = [
+        [name, f"{statistics.median(values):.0f}", f"{min(values):.0f}", f"{max(values):.0f}"]
+        for name, values in (("page load to first frame", loads), ("drawn to shown", delays))
+    ]
+    print(f"\n{machine_name()}\n\n{markdown_table(['milliseconds', 'median', 'least', 'most'], rows)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from inferix.errors import InputError
+
+FPS = 16
+"""Frames per second of every Wan 2.1 video."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,19 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} has a wrong value: {error}") from None
+
+
+def with_size(config: PipelineConfig, height: int | None = None, width: int | None = None) -> PipelineConfig:
+    """Return ``config`` for videos of ``height`` x ``width`` pixels; None: as it says.
+
+    Raises InputError where one is no multiple of 16: 8 pixels are a latent pixel, 2 of those a token.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 16 or size % 16):
+            raise InputError(f"{name} must be a multiple of 16, not {size}")
+    *shape, old_height, old_width = config.image_or_video_shape
+    shape += [height // 8 if height else old_height, width // 8 if width else old_width]
+    return replace(config, image_or_video_shape=tuple(shape))
 
 
 def _read(name: str, value: object) -> Any:

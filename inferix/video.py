@@ -8,19 +8,18 @@ import os
 import re
 import sys
 import threading
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inferix.config import FPS
 from inferix.errors import InputError
 from inferix.video_encoder import Encoder, encoder_command, to_pixels
-
-FPS = 16
-"""Frames per second of every Wan 2.1 video."""
 
 QUEUE_BYTES = 128 * 2**20
 """Bytes of 8-bit frames that may wait for one encoder before ``VideoWriter.write`` blocks (112 frames of 480x832)."""
@@ -77,7 +76,7 @@ class VideoWriter:
     """The incomplete files of all writers. Iterate over a copy: writers finish in other threads."""
 
     _running: ClassVar[list["VideoWriter"]] = []
-    """Writers that are open or still being finished, oldest first."""
+    """Writers whose thread may not have ended, oldest first."""
 
     _failed: ClassVar[list["VideoWriter"]] = []
     """Writers whose error has not been raised yet."""
@@ -87,22 +86,29 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: float = FPS):
         self.path, self.fps, self.frames = Path(path), fps, 0
         self._size: tuple[int, int] | None = None  # height, width
-        self._state = threading.Condition()  # guards what follows, which the thread shares
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._pending_bytes = 0
-        self._encoder: Encoder | None = None
         self._closed = self._aborted = False
+        self._encoder: Encoder | None = None
         self._error: Exception | None = None
-        self._finished = threading.Event()
+        # A signal may raise an exception anywhere in the main thread, in the middle of threading.Condition's or Event's
+        # methods too, which then keep their lock for ever. So the threads share only what C code does in one piece.
+        self._pending: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | None] = SimpleQueue()  # None: the end
+        self._encoded: SimpleQueue[int] = SimpleQueue()  # bytes of frames that wait no more
+        self._pending_bytes = 0
+        self._busy = threading.Lock()  # held until the file is complete or given up
+        for writer in list(self._running):
+            if not writer._busy.locked():
+                writer._wait()
         while len(finishing := [writer for writer in list(self._running) if writer._closed]) >= MAX_FINISHING:
-            finishing[0]._finished.wait()
+            finishing[0]._wait()
         self._raise_failure()
         try:
             self._partial = self._create_partial()
         except OSError as error:
             raise InputError(f"cannot write to {self.path.parent}: {error.strerror}; choose another folder") from None
+        self._busy.acquire()
+        self._thread = threading.Thread(target=self._run, name=f"writer of {self.path.name}", daemon=True)
+        self._thread.start()
         self._running.append(self)
-        threading.Thread(target=self._run, name=f"writer of {self.path.name}", daemon=True).start()
 
     def _create_partial(self) -> Path:
         """Create the incomplete file under a name that no other writer of any process has."""
@@ -133,22 +139,19 @@ class VideoWriter:
         if size != self._size:
             raise ValueError(f"frames of {size} (height, width) in a video of {self._size}")
         for chunk in frames.detach().split(max(1, QUEUE_BYTES // 4 // (3 * size[0] * size[1]))):
-            room = max(QUEUE_BYTES - chunk.numel(), 0)  # a frame that is larger goes into an empty queue
-            with self._state:
-                self._state.wait_for(lambda: self._error or self._pending_bytes <= room)
+            limit = max(QUEUE_BYTES - chunk.numel(), 0)  # a frame that is larger goes into an empty queue
+            while self._pending_bytes > limit and not self._error:
+                self._pending_bytes -= self._encoded.get()
             self._raise_failure()
-            pixels = to_pixels(chunk)
-            with self._state:
-                self._pending.append(pixels)
-                self._pending_bytes += chunk.numel()
-                self.frames += len(chunk)
-                self._state.notify_all()
+            self._pending.put(to_pixels(chunk))
+            self._pending_bytes += chunk.numel()
+            self.frames += len(chunk)
 
     def _run(self) -> None:
         """Encode the frames and finish the file, in the writer's thread."""
         try:
-            if self._wait_for_frames():
-                self._encode()
+            if (first := self._next_chunk()) is not None:
+                self._encode(first)
         except Exception as error:
             if not self._aborted:
                 self._failed.append(self)
@@ -158,50 +161,45 @@ class VideoWriter:
         with suppress(OSError):
             self._partial.unlink()
         self.partials.discard(self._partial)
-        with self._state:
-            self._pending.clear()
-            self._state.notify_all()
-        self._running.remove(self)
-        self._finished.set()
+        self._pending = SimpleQueue()  # frees the frames of an encoder that has failed
+        self._encoded.put(0)  # wakes up ``write``
+        self._busy.release()
 
-    def _wait_for_frames(self) -> bool:
-        """Wait until there are frames or no more will come. Return whether there are frames to encode."""
-        with self._state:
-            self._state.wait_for(lambda: self._pending or self._closed)
-            return bool(self._pending) and not self._aborted
+    def _next_chunk(self) -> np.ndarray | None:
+        """Wait for frames and return them, uint8 [t, 3, H, W]; None if no more will come."""
+        chunk = self._pending.get()
+        if chunk is None or self._aborted:
+            return None
+        pixels, event = chunk
+        if event is not None:
+            event.synchronize()
+        return pixels.numpy()
 
-    def _encode(self) -> None:
-        """Encode the frames until the writer is closed, then give the file its name. Raises InputError."""
+    def _encode(self, chunk: np.ndarray | None) -> None:
+        """Encode this and all other chunks, then give the file its name. Raises InputError."""
         try:
-            command = encoder_command(self._partial, self._size[1], self._size[0], self.fps)
-            with self._state:
-                self._encoder = Encoder(command)
+            command = encoder_command(self._partial, chunk.shape[3], chunk.shape[2], self.fps)
+            self._encoder, num_frames = Encoder(command), 0
             try:
-                self._feed()
+                while chunk is not None and not self._aborted:
+                    self._partial.stat()
+                    for frame in chunk:
+                        self._encoder.write(frame)
+                    num_frames += len(chunk)
+                    self._encoded.put(chunk.size)
+                    chunk = self._next_chunk()
                 self._encoder.finish()
             except OSError:  # the encoder has ended or the file is gone
                 self._encoder.finish(timeout=10)
+                raise InputError(f"the encoder took only a part; is {command[0]} an ffmpeg?") from None
             if self._aborted:
                 return
-            if (frames := count_frames(self._partial)) != self.frames:
-                raise InputError(f"only {frames} of {self.frames} frames are in the file; is {command[0]} an ffmpeg?")
+            if count_frames(self._partial) != num_frames:
+                raise InputError(f"the encoder left frames out; is {command[0]} an ffmpeg?")
             self.path = _publish(self._partial, self.path)
         except (InputError, OSError) as error:
             reason = self._missing() or getattr(error, "strerror", None) or error
             raise InputError(f"writing {self.path} failed: {reason}") from None
-
-    def _feed(self) -> None:
-        """Give the encoder the frames until the writer is closed. Raises OSError if it has ended or the file is gone."""
-        while self._wait_for_frames():
-            pixels, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            self._partial.stat()
-            for frame in pixels.numpy():
-                self._encoder.write(frame)
-            with self._state:
-                self._pending_bytes -= pixels.numel()
-                self._state.notify_all()
 
     def _missing(self) -> str | None:
         """Return what became of the incomplete file or its folder; None if it is there."""
@@ -216,13 +214,21 @@ class VideoWriter:
 
     def _close(self, abort: bool) -> None:
         """Let the thread finish the file, or with ``abort`` give it up and wait until nothing of it is left."""
-        with self._state:
-            self._closed, self._aborted = True, abort
-            self._state.notify_all()
-            if abort and self._encoder:
-                self._encoder.kill()
+        self._aborted = abort
+        self._pending.put(None)
+        self._closed = True  # last: those who wait for closed writers wait for ever if a signal comes in between
         if abort:
-            self._finished.wait()
+            if self._encoder:  # otherwise the thread sees ``_aborted`` when it has started one
+                self._encoder.kill()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the thread has ended."""
+        with self._busy:  # ``join`` alone takes a thread for ended if Ctrl-C interrupts it
+            pass
+        self._thread.join()
+        with suppress(ValueError):  # if another thread waited too
+            self._running.remove(self)
 
     def _raise_failure(self) -> None:
         """Raise this writer's error, or one that has not been raised yet."""
@@ -238,7 +244,7 @@ class VideoWriter:
         """
         if not self._closed:
             raise RuntimeError("the file is complete only after the writer's context was left")
-        self._finished.wait()
+        self._wait()
         if self._error:
             self._raise_failure()
         if self._aborted or not self.frames:
@@ -321,10 +327,10 @@ class SegmentedVideoWriter:
             if self._writers[-1].frames == self._segment_frames:
                 self._writers[-1].__exit__(None, None, None)
                 self._begin_piece()
-            room = self._segment_frames - self._writers[-1].frames
-            self._writers[-1].write(frames[:room])
-            self.frames += len(frames[:room])
-            frames = frames[room:]
+            num_left = self._segment_frames - self._writers[-1].frames
+            self._writers[-1].write(frames[:num_left])
+            self.frames += len(frames[:num_left])
+            frames = frames[num_left:]
 
     def result(self) -> list[Path]:
         """Wait until all pieces are complete and return their files. Raises as ``VideoWriter.result``."""
@@ -347,7 +353,7 @@ def wait_for_writers() -> None:
     running = [writer for writer in list(VideoWriter._running) if writer._closed]
     try:
         for writer in running:
-            writer._finished.wait()
+            writer._wait()
     except BaseException:
         for writer in running:
             writer._close(abort=True)
@@ -357,16 +363,25 @@ def wait_for_writers() -> None:
         raise failed[0]._error
 
 
+def remove_partials() -> None:
+    """Remove the incomplete files of all writers, for a process that is about to end without waiting for them."""
+    for partial in list(VideoWriter.partials):
+        with suppress(OSError):
+            partial.unlink()
+
+
 @atexit.register
 def _finish_at_exit() -> None:
-    """Complete the files, remove those of writers whose context was never left, and exit with 2 if one failed."""
-    for writer in list(VideoWriter._running):
-        if not writer._closed:
-            writer._close(abort=True)
+    """Complete the files, give up those of writers whose context was never left, and exit with 2 if one failed."""
     try:
+        for writer in list(VideoWriter._running):
+            if not writer._closed:
+                writer._close(abort=True)
         wait_for_writers()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
+    finally:
+        remove_partials()  # of writers whose start a signal has interrupted

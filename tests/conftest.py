@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from inferix import CausVidPipeline, SelfForcingPipeline
+from inferix.cli.figures import relative_error_and_gain as relative_error  # noqa: F401  for the tests
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "example/quantization"))  # the modules that the runners share
@@ -38,12 +39,6 @@ def small_config(name: str, folder: Path, **changes: str) -> Path:
     path = folder / f"{Path(name).name}.yaml"
     path.write_text("\n".join(kept + [f"{key}: {value}" for key, value in changes.items()]))
     return path
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Return the relative error and the gain <actual, exact> / <exact, exact>, which shows a loss of magnitude."""
-    actual, exact = actual.double().flatten(), exact.double().flatten()
-    return ((actual - exact).norm() / exact.norm()).item(), (actual @ exact / (exact @ exact)).item()
 
 
 def pytest_collection_modifyitems(items):

@@ -184,7 +184,7 @@ def test_curl_and_the_state(capsys):
     """The commands of docs/streaming.md, against a running server."""
     (block,) = (block for block in blocks("bash") if "curl" in block.code)
     with serve(WebRTCConfig(port=0)) as session:
-        session.ready("fp8", 10**6, "clip")
+        session.ready("fp8", 10**6)
         url = capsys.readouterr().out.split()[-1].rstrip("/")
         states = []
         for command in commands(block.code):

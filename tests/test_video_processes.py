@@ -146,3 +146,29 @@ with SegmentedVideoWriter("a.mp4", segment_seconds=0.5) as writer:
     process.communicate()
     pieces = {name: frames for name, frames in contents(tmp_path).items() if not name.startswith(".")}
     assert pieces == {"a-00000.mp4": 8, "a-00001.mp4": 8}
+
+
+def test_a_signal_at_any_moment_blocks_nothing(tmp_path):
+    """Wherever it comes in the main thread, no lock is left that the writer's thread waits for."""
+    program = """
+class Stop(BaseException):
+    pass
+
+def stop(*_):
+    raise Stop
+
+signal.signal(signal.SIGALRM, stop)
+for moment in range(200):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0001 * moment, 5)  # again if Python ignores it in a destructor
+        with VideoWriter("a.mp4") as writer:
+            while True:
+                writer.write(clip(1))
+    except Stop:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+tell("done")
+"""
+    command = [sys.executable, "-c", PROGRAM + program]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+    assert not list(tmp_path.iterdir())

@@ -44,20 +44,22 @@ def check_packages() -> None:
         refuse(f"{sys.executable} lacks what generation needs: {instead}")
 
 
-def check_flags(runner: str, flags: list) -> None:
-    """Exit where the flags of ``runner`` or the paths in them are wrong, and for ``--help``."""
+def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
+    """Exit where flags of ``runner`` or paths in them are wrong or do not fit ``world_size`` (0: not known), or for --help."""
     if os.path.basename(runner) not in MODELS:
         return
-    from inferix.cli.preflight import parse_arguments
+    from inferix.cli.preflight import check_processes, parse_arguments
     from inferix.errors import InputError
 
     try:
-        parse_arguments(MODELS[os.path.basename(runner)], flags)
+        args = parse_arguments(MODELS[os.path.basename(runner)], flags)
+        if world_size:
+            check_processes(args, world_size)
     except InputError as error:
         refuse(str(error))
     dax = importlib.util.find_spec("dax")
-    places = dax.submodule_search_locations if dax else None
-    if not any(os.path.isdir(os.path.join(place, "quant", "quantization")) for place in places or ()):
+    folders = dax.submodule_search_locations if dax else None
+    if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
 
 
@@ -106,8 +108,11 @@ def main() -> int:
     sys.path[0] = os.path.dirname(os.path.abspath(runner))  # as if Python had been started with it
     check_packages()
     check_flags(runner, flags)
-    if "RANK" not in os.environ and (nproc := num_processes()) * number("NNODES", 1) > 1:
-        return torchrun(nproc, [runner, *flags])
+    if "RANK" not in os.environ:
+        nproc, nodes = num_processes(), number("NNODES", 1)  # may have to import PyTorch
+        check_flags(runner, flags, nproc * nodes)
+        if nproc * nodes > 1:
+            return torchrun(nproc, [runner, *flags])
     sys.argv = [runner, *flags]
     sys.modules["launch"] = sys.modules["__main__"]  # checked already
     runpy.run_path(runner, run_name="__main__")
@@ -117,4 +122,4 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 check_packages()
-check_flags(sys.argv[0], sys.argv[1:])
+check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,6 +1,7 @@
 """Where DAX and the pipelines meet: how the runners quantize the transformer, from flags, a file or saved weights."""
 
 import filecmp
+import hashlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dax.quant.nn.linear import check_device
+from dax.quant.nn.linear import QuantizedLinear, check_device
 from dax.quant.quantization import (
     QConfig,
     convert,
     load_quantized,
+    matching_modules,
     prepare,
     quantize_dynamic,
+    read_metadata,
     read_qconfig_dict,
     save_quantized,
     set_process_group,
@@ -28,8 +31,10 @@ from dax.quant.quantization.qconfig import (
     get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
     get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
 )
-from inferix.cli.model_paths import display_path
+from inferix.checkpoints.files import find_weights
+from inferix.cli.model_paths import display_path, resolve_model_paths
 from inferix.cli.prompts import example_prompt
+from inferix.cli.report import quantization_name
 from inferix.errors import InputError
 from inferix.models.text_encoder import TextEncoder
 from inferix.pipelines.pipeline import Pipeline
@@ -78,6 +83,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         quantize_with(pipeline, read_qconfig_file(args.qconfig), [prompt])
     elif not args.load_quantized and not args.no_quantize:
         quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+    take_over_weights(pipeline)
     set_process_group(transformer, pipeline.process_group)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
     if not pipeline.is_main_process:  # the other ranks have no text encoder
@@ -85,7 +91,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
     if not args.no_quantize and (pipeline.pipeline.low_memory or args.quantize_text_encoder):
         quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
     if args.save_quantized:
-        save_transformer(transformer, args.save_quantized)
+        save_transformer(transformer, args.save_quantized, describe_model(args))
 
 
 @contextmanager
@@ -142,9 +148,8 @@ def quantize_with(pipeline: Pipeline, qconfig_dict: QConfigDict, prompts: list[s
         raise InputError(
             "qconfig: calibrate in one process (NPROC=1 SAVE_QUANTIZED=...), then LOAD_QUANTIZED in several"
         )
-    names = [name for name, _ in transformer.named_modules()]
     for key in qconfig_dict:
-        if key and not any(name == key or name.endswith(f".{key}") for name in names):
+        if key and not matching_modules(transformer, key):
             raise InputError(f"qconfig: there is no module {key}; example/quantization/README.md has the names")
     prepare(transformer, qconfig_dict)
     if static:
@@ -166,7 +171,26 @@ def generate_clip(pipeline: Pipeline, prompt: str, seed: int, num_frames: int | 
     return pipeline.pipeline.inference(noise, [prompt], generator=generator, return_latents=True)
 
 
-# --- several processes, text encoder, saved weights
+# --- 8-bit checkpoints, several processes, text encoder, saved weights
+
+
+def take_over_weights(pipeline: Pipeline) -> None:
+    """Give quantized layers the checkpoint's 8-bit weights, as they are, where the two are of one format.
+
+    A format is the type of the weights and a scale for each output channel. The others keep what they have made of the
+    dequantized weights. Prints how many there are; then the pipeline lets go of the checkpoint's.
+    """
+    weights, count = pipeline.quantized_weights, 0
+    for name, (qweight, weight_scale) in weights.items():
+        layer = pipeline.transformer.get_submodule(name)
+        if not isinstance(layer, QuantizedLinear) or layer.qconfig.rotation or layer.qweight.dtype != qweight.dtype:
+            continue
+        if layer.weight_scale.shape == weight_scale.shape:
+            layer.load_state_dict({"qweight": qweight, "weight_scale": weight_scale}, strict=False)
+            count += 1
+    if weights and pipeline.is_main_process:
+        print(f"8-bit checkpoint   {count} of {len(weights)} weights taken over as they are")
+    pipeline.quantized_weights = {}
 
 
 def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
@@ -179,8 +203,24 @@ def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
         quantize_dynamic(block, {"": qconfigs[quant_type]()})
 
 
-def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """Save a quantized transformer.
+def describe_model(args: Namespace) -> dict[str, str]:
+    """Return which model a saved transformer is of: model family, checkpoint and its SHA-256, and settings."""
+    paths, _ = resolve_model_paths(args)
+    digest = hashlib.sha256()
+    for path in find_weights(paths.checkpoint):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return {
+        "model": args.model,
+        "checkpoint": paths.checkpoint.name,
+        "checkpoint_sha256": digest.hexdigest(),
+        "quantization": quantization_name(args),
+    }
+
+
+def save_transformer(transformer: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
+    """Save a quantized transformer, with ``metadata`` that ``load_transformer`` checks.
 
     Raises InputError where ``folder`` cannot be written, or holds one that was made from other weights or settings.
     """
@@ -188,7 +228,7 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             with input_errors(folder):
-                save_quantized(transformer, temporary)
+                save_quantized(transformer, temporary, metadata)
             files = {path: folder / path.name for path in Path(temporary).iterdir()}
             if any(old.exists() and not filecmp.cmp(new, old, shallow=False) for new, old in files.items()):
                 raise InputError(f"{folder} holds another quantized model: choose another folder, or remove it first")
@@ -201,13 +241,18 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
 
 
 def load_transformer(pipeline: Pipeline, checkpoint: Path, args: Namespace) -> None:
-    """Load the transformer's weights: those of a checkpoint, or with ``--load_quantized`` what was saved in a folder.
+    """Load the transformer's weights: a checkpoint's, LoRAs merged, or what was saved in a ``--load_quantized`` folder.
 
     Raises InputError where a file is damaged or does not fit.
     """
     if not args.load_quantized:
-        pipeline.load_checkpoint(checkpoint, use_ema=getattr(args, "use_ema", False))
+        pipeline.load_checkpoint(checkpoint, use_ema=bool(getattr(args, "use_ema", False)))
+        for path, strength in getattr(args, "lora_path", None) or ():
+            pipeline.load_lora(path, strength)
         return
     with input_errors(args.load_quantized):
+        model = read_metadata(args.load_quantized).get("model", args.model)  # folders of earlier versions say nothing
+        if model != args.model:
+            raise ValueError(f"it was made of {model}, not of {args.model}: load it with {model}_quantized.sh")
         transformer = load_quantized(pipeline.transformer, args.load_quantized)
     check_devices([getattr(module, "qconfig", None) for module in transformer.modules()], pipeline.device)

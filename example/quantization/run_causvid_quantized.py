@@ -6,7 +6,7 @@ for each.
 
 import launch  # noqa: F401  first: checks flags and paths before PyTorch is imported
 from inferix import CausVidPipeline
-from inferix.cli.devices import low_memory, num_attention_heads, parallel_config
+from inferix.cli.devices import low_memory, pipeline_options
 from inferix.cli.jobs import jobs, webrtc_session
 from inferix.cli.main import run
 from inferix.cli.model_paths import find_model_paths
@@ -18,12 +18,7 @@ def build(args):
     """Return the pipeline on its device, with the weights that the flags name."""
     paths = find_model_paths(args)
     pipeline = CausVidPipeline(
-        config_path=paths.config,
-        default_config_path=args.default_config_path,
-        wan_base_model_path=paths.base,
-        enable_kv_offload=args.enable_kv_offload,
-        parallel_config=parallel_config(args.ulysses_size, args.ring_size, num_attention_heads(paths.base)),
-        transformer_weights=args.load_quantized is None,
+        config_path=paths.config, wan_base_model_path=paths.base, **pipeline_options(args, paths)
     )
     load_transformer(pipeline, paths.checkpoint, args)
     pipeline.setup_devices(low_memory(args, pipeline))

@@ -1,17 +1,22 @@
 """Command line flags of the programs with a model. Imports nothing heavy."""
 
 import argparse
+import math
+import sys
 from pathlib import Path
 
+from inferix.cli.presets import PRESETS, apply_preset, either_spelling, preset_table
 from inferix.cli.prompts import split_prompts
 from inferix.errors import InputError
 
 CONTRADICTIONS = {
     "no_quantize": ("load_quantized", "qconfig", "save_quantized"),
     "load_quantized": ("quant_type", "quant_granularity", "qconfig", "save_quantized")
-    + ("checkpoint_path", "checkpoint_folder"),
+    + ("checkpoint_path", "checkpoint_folder", "lora_path"),
     "qconfig": ("quant_type", "quant_granularity"),
     "diff_prompt_file": ("prompt", "is_interactive"),
+    "storyboard": ("prompt", "diff_prompt", "diff_prompt_file", "is_interactive"),
+    "endless": ("num_output_frames",),
 }
 """Flags that exclude each other."""
 
@@ -21,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
+        self.set_defaults(height=None, width=None)
         add = self.add_argument
         add("--config_path", type=existing_path, help="YAML config of the sampler")
         add("--default_config_path", type=existing_path, help="YAML config that --config_path is laid over")
@@ -56,6 +62,22 @@ class RunnerParser(Parser):
         super().__init__(description)
         self.set_defaults(model=model)
         add = self.add_argument
+        add(
+            "--preset", type=preset, metavar="NAME", help="a published model, which sets the paths; list: print a table"
+        )
+        add(
+            "--storyboard", type=existing_path, metavar="FILE", help="YAML file of prompts that change within one video"
+        )
+        add(
+            "--lora_path",
+            type=loras,
+            metavar="FILE[:STRENGTH][;...]",
+            help="LoRAs to merge into the weights before they are quantized, in this order (default strength: 1)",
+        )
+        add("--vae", choices=("full", "tiny"), default="full", help="tiny: decode with TAEHV, faster and less exact")
+        add("--tiny_vae_path", type=existing_path, help="TAEHV's file (default: taew2_1.pth under weights/)")
+        add("--height", type=pixels, help="of the video, a multiple of 16 (default: the config's)")
+        add("--width", type=pixels, help="of the video, a multiple of 16 (default: the config's)")
         add("--quant_type", choices=("fp8", "int8"), help="8-bit format of weights and activations (default: fp8)")
         add(
             "--quant_granularity",
@@ -99,6 +121,10 @@ class RunnerParser(Parser):
             both = [other for other in others if getattr(args, other, None)]
             if getattr(args, flag, None) and both:
                 raise InputError(f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out")
+        if args.tiny_vae_path and args.vae != "tiny":
+            raise InputError("--tiny_vae_path needs --vae tiny (VAE=tiny)")
+        if args.preset:
+            apply_preset(args, "checkpoint_folder" if "checkpoint_folder" in args else "checkpoint_path")
         if not args.load_quantized and not args.qconfig:
             args.quant_type, args.quant_granularity = args.quant_type or "fp8", args.quant_granularity or "per_token"
         return args
@@ -110,10 +136,13 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
         "self_forcing", "Text or image to video with Self-Forcing, its transformer quantized to 8 bits."
     )
     add = parser.add_argument
-    add("--checkpoint_path", type=existing_path, help="Self-Forcing's self_forcing_dmd.pt")
+    add("--checkpoint_path", type=existing_path, help="the transformer: a file, or a folder with one")
     add("--num_output_frames", type=int, help="latent frames: 3k, with --i2v 3k+1 (default: 21, 19)")
+    parser.add_switch("--endless", help="a video without end, in files of a minute each")
     add("--num_samples", type=positive, default=1, help="videos of each prompt")
-    parser.add_switch("--use_ema", help="load the averaged weights, 'generator_ema'")
+    parser.add_switch(
+        "--use_ema", None, help="load the averaged weights, 'generator_ema' (default: as the preset says)"
+    )
     parser.add_switch("--save_with_index", help="name files after the prompt's number instead of its words")
     parser.add_switch("--i2v", help="image to video: start from --image_path")
     add("--image_path", type=existing_path, help="the first frame, for --i2v")
@@ -121,7 +150,9 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.i2v != (args.image_path is not None):
         raise InputError("--i2v and --image_path (I2V=1 IMAGE_PATH=...) go together: one of them is missing")
-    if args.num_output_frames is None:
+    if args.endless and len(args.prompts or []) > 1:
+        raise InputError("--endless shows one prompt without end: give one, or a --storyboard with prompts over time")
+    if args.num_output_frames is None and not args.endless:
         args.num_output_frames = 19 if args.i2v else 21
     return args
 
@@ -132,7 +163,7 @@ def parse_causvid(argv: list[str] | None = None) -> argparse.Namespace:
         "causvid", "Text to video of any length with CausVid, its transformer quantized to 8 bits.", True
     )
     add = parser.add_argument
-    add("--checkpoint_folder", type=existing_path, help="folder of CausVid's model.pt")
+    add("--checkpoint_folder", type=existing_path, help="the transformer: a file, or a folder with one")
     add("--num_rollout", type=positive, help="rollouts (default: 3, or as many as there are prompts)")
     add("--num_overlap_frames", type=int, default=3, help="latent frames that rollouts share")
     parser.add_switch("--diff_prompt", help="one video whose rollouts follow the prompts in turn")
@@ -149,15 +180,42 @@ def existing_path(text: str) -> Path:
     return path
 
 
-def either_spelling(path: Path) -> Path:
-    """Return ``path``, with ``causvid`` spelled as on disk: upstream's guide and its checkpoint's repository differ."""
-    if path.exists():
-        return path
-    for one, other in (("causvid", "CausVid"), ("CausVid", "causvid")):
-        respelled = Path(*(other if part == one else part for part in path.parts))
-        if respelled != path and respelled.exists():
-            return respelled
-    return path
+def preset(text: str) -> str:
+    """The name of a preset; ``list`` prints them all and ends the program."""
+    if text == "list":
+        print(preset_table())
+        sys.exit(0)
+    if text not in PRESETS:
+        raise argparse.ArgumentTypeError(f"there is no preset {text}; PRESET=list lists them")
+    return text
+
+
+def loras(text: str) -> list[tuple[Path, float]]:
+    """LoRA files, each with its strength, in ``a.safetensors:0.8;b.pt``."""
+    return [lora(part.strip()) for part in text.split(";") if part.strip()] or lora("")
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """A LoRA file and its strength, 1 where no number follows a colon."""
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        name, number = text, "1"
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not name or not Path(name).exists():
+        raise argparse.ArgumentTypeError(f"{name or 'the LoRA'} not found: check the path")
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"the strength of {name} must be a number, not '{number}'")
+    return Path(name), strength
+
+
+def pixels(text: str) -> int:
+    """A height or a width of a video."""
+    if not text.isdecimal() or int(text) < 16 or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"it must be a multiple of 16, not '{text}'")
+    return int(text)
 
 
 def boolean(text: str) -> bool:

@@ -31,7 +31,9 @@ def settings_suffix(args: Namespace) -> str:
     """Return ``-setting`` for each of model, quantization, length and image that is not the default."""
     parts = [*model_parts(args), *quantization_parts(args)]
     if args.model == "self_forcing":
-        parts += [f"latents-{args.num_output_frames}"] if args.num_output_frames != (19 if args.i2v else 21) else []
+        usual = args.endless or args.num_output_frames == (19 if args.i2v else 21)
+        parts += ["endless"] if args.endless else []
+        parts += [] if usual else [f"latents-{args.num_output_frames}"]
         parts += [f"from-{safe_file_name(args.image_path.stem, limit=MAX_BYTES)}"] if args.i2v else []
     else:
         parts += [f"rollouts-{args.num_rollout}"] if args.num_rollout else []
@@ -40,7 +42,7 @@ def settings_suffix(args: Namespace) -> str:
 
 
 def model_parts(args: Namespace) -> list[str]:
-    """Return the names of the config and the checkpoint where they are not the default ones."""
+    """Return the names of config, checkpoint, LoRAs and VAE, and the size, where they are not the default ones."""
     checkpoint = args.checkpoint_path if args.model == "self_forcing" else args.checkpoint_folder
     parts = []
     for part, path in (("config", args.config_path), ("checkpoint", checkpoint)):
@@ -48,7 +50,11 @@ def model_parts(args: Namespace) -> list[str]:
         defaults += [default.parent for default in defaults if args.model == "causvid" and part == "checkpoint"]
         if path is not None and path.resolve() not in defaults:
             parts.append(safe_file_name(path.stem if path.suffix else path.name))
-    return list(dict.fromkeys(parts))  # a config is often named like its checkpoint
+    parts = list(dict.fromkeys(parts))  # a config is often named like its checkpoint
+    for lora, strength in args.lora_path or ():
+        parts.append(f"lora-{safe_file_name(lora.stem)}" + (f"-{strength:g}" if strength != 1 else ""))
+    parts += ["tiny-vae"] if args.vae == "tiny" else []
+    return parts + [f"{name}-{size}" for name in ("height", "width") if (size := getattr(args, name))]
 
 
 def quantization_parts(args: Namespace) -> list[str]:

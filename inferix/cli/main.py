@@ -27,10 +27,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         main(argv)
         return 0
     except InputError as error:
-        if rank() > 0:
-            time.sleep(
-                GRACE_SECONDS
-            )  # rank 0 mostly finds the same; then the job ends before this rank prints it again
+        if rank() > 0:  # rank 0 mostly finds the same; then the job ends before this rank prints it again
+            time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -39,13 +37,15 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         if is_communication_error(error):
             time.sleep(GRACE_SECONDS)  # another rank has died: its error is the one to show
         traceback.print_exc()
+        finish_files()
         os._exit(1)  # an orderly exit would wait for the other ranks, which wait for this one
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped", file=sys.stderr)
-        if argv is None:  # all files are closed: skip the interpreter's teardown, which takes seconds
+        if argv is None:
+            finish_files()
             sys.stdout.flush()
-            os._exit(130)
+            os._exit(130)  # skips the interpreter's teardown, which takes seconds
         return 130
 
 
@@ -69,6 +69,23 @@ def is_communication_error(error: Exception) -> bool:
     return isinstance(error, DistError) or "gloo" in str(error)
 
 
+def finish_files() -> None:
+    """Wait until the videos that are generated already are complete, and remove the incomplete ones."""
+    if video := sys.modules.get("inferix.video"):  # else nothing was written; importing it would take seconds
+        try:
+            video.wait_for_writers()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+        finally:
+            remove_partials()
+
+
+def remove_partials() -> None:
+    """Remove the incomplete videos."""
+    if video := sys.modules.get("inferix.video"):
+        video.remove_partials()
+
+
 def watch_sigterm() -> None:
     """Silence the standard output of ranks above 0, and start a thread that enforces the exit after a signal.
 
@@ -79,18 +96,13 @@ def watch_sigterm() -> None:
         sys.stdout = open(os.devnull, "w")
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
-    signal.set_wakeup_fd(
-        write_fd, warn_on_full_buffer=False
-    )  # the C-level handler writes the number of each signal here
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)  # where the C-level handler writes each signal's number
 
     def watch():
         while (number := os.read(read_fd, 1)[0]) not in (signal.SIGTERM, signal.SIGHUP):
             pass
         time.sleep(GRACE_SECONDS)
-        from inferix.video import VideoWriter
-
-        for path in VideoWriter.partials:
-            path.unlink(missing_ok=True)
+        remove_partials()
         os._exit(128 + number)
 
     threading.Thread(target=watch, name="watch_sigterm", daemon=True).start()

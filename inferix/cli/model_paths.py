@@ -4,11 +4,9 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from inferix.cli.arguments import either_spelling
-from inferix.config import load_config
+from inferix.cli.presets import PRESETS, ROOT, TINY_VAE, WEIGHTS, either_spelling
+from inferix.config import PipelineConfig, load_config, with_size
 from inferix.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,8 @@ class ModelPaths:
 
 
 REAL = {
-    "self_forcing": ModelPaths(
-        config=ROOT / "example/self_forcing/configs/self_forcing_dmd.yaml",
-        base=ROOT / "weights/Wan2.1-T2V-1.3B",
-        checkpoint=ROOT / "weights/self_forcing/checkpoints/self_forcing_dmd.pt",
-    ),
-    "causvid": ModelPaths(
-        config=ROOT / "example/causvid/configs/causvid.yaml",
-        base=ROOT / "weights/Wan2.1-T2V-1.3B",
-        checkpoint=ROOT / "weights/causvid/autoregressive_checkpoint",
-    ),
+    name: ModelPaths(PRESETS[name].config_path, WEIGHTS / PRESETS[name].base, PRESETS[name].checkpoint_path)
+    for name in ("self_forcing", "causvid")
 }
 DEMO = {
     "self_forcing": ModelPaths(
@@ -86,22 +76,39 @@ def resolve_model_paths(args: Namespace) -> tuple[ModelPaths, list[str]]:
     return demo, [f"{path} not found (weights/download.sh fetches it): using the small demo model in weights/demo"]
 
 
+def find_config(args: Namespace, paths: ModelPaths) -> PipelineConfig:
+    """Return the config with what the flags change in it. Raises InputError where it cannot be used."""
+    return with_size(load_config(paths.config, args.default_config_path), args.height, args.width)
+
+
+def find_tiny_vae(args: Namespace, paths: ModelPaths) -> Path | None:
+    """Return the file of the tiny VAE that ``--vae tiny`` needs, None without it. Raises InputError where it is not there."""
+    if args.vae != "tiny" or args.tiny_vae_path:
+        return args.tiny_vae_path
+    beside = [paths.base / TINY_VAE.name, paths.base.parent / TINY_VAE.name]
+    # The demo model's latents are its own: the public file does not decode them.
+    public = [] if paths.base.resolve() == DEMO[args.model].base else [TINY_VAE.path()]
+    for path in (*beside, *public):
+        if path.is_file():
+            return path
+    if not public:
+        raise InputError(f"{display_path(beside[0])} not found: set TINY_VAE_PATH (--tiny_vae_path)")
+    raise InputError(f"{display_path(TINY_VAE.path())} not found: ./weights/download.sh tiny fetches it")
+
+
 def size_notes(args: Namespace, paths: ModelPaths) -> list[str]:
-    """Return a note where the config asks for another size than a model that we know was made for."""
+    """Return a note where another size is asked for than a model that we know was made for."""
     for known in (REAL[args.model], DEMO[args.model]):
         if known.base.resolve() == paths.base.resolve() and known.config.exists():
-            made_for, asked = (frame_size(path) for path in (known.config, paths.config))
+            made_for, asked = frame_size(load_config(known.config)), frame_size(find_config(args, paths))
             if made_for != asked:
-                return [
-                    f"note: {display_path(paths.base)} was made for {made_for}, {display_path(paths.config)} asks for "
-                    f"{asked}: expect a poor picture (--config_path {display_path(known.config)})"
-                ]
+                return [f"note: {display_path(paths.base)} was made for {made_for}, not {asked}: expect a poor picture"]
     return []
 
 
-def frame_size(config: Path) -> str:
-    """Return the frames' size, as ``832x480``, that a config asks for."""
-    height, width = (8 * size for size in load_config(config).image_or_video_shape[-2:])
+def frame_size(config: PipelineConfig) -> str:
+    """Return the frames' size, as ``832x480``."""
+    height, width = (8 * size for size in config.image_or_video_shape[-2:])
     return f"{width}x{height}"
 
 

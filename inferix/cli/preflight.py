@@ -3,9 +3,9 @@
 from argparse import Namespace
 
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
-from inferix.cli.model_paths import resolve_model_paths
-from inferix.cli.prompts import read_prompts
-from inferix.config import PipelineConfig, load_config
+from inferix.cli.model_paths import find_config, find_tiny_vae, resolve_model_paths
+from inferix.cli.prompts import read_prompts, storyboard_of
+from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
 
 
@@ -19,17 +19,29 @@ def parse_arguments(model: str, argv: list[str] | None = None) -> Namespace:
 def check(args: Namespace) -> None:
     """Raises InputError where a path, a config, a prompt file or a length cannot work."""
     paths, _ = resolve_model_paths(args)
-    config = load_config(paths.config, args.default_config_path)
+    config = find_config(args, paths)
+    find_tiny_vae(args, paths)
     if args.model == "self_forcing":
         check_frames(args, config)
     else:
         check_rollouts(args, config)
+    if args.storyboard:
+        storyboard_of(args, config)
+
+
+def check_processes(args: Namespace, world_size: int) -> None:
+    """Raises InputError where ``--ulysses_size`` and ``--ring_size`` do not make up the number of processes."""
+    if args.ulysses_size or args.ring_size:
+        ulysses_size = args.ulysses_size or max(1, world_size // args.ring_size)
+        ParallelConfig(ulysses_size, args.ring_size or max(1, world_size // ulysses_size), world_size=world_size)
 
 
 def check_frames(args: Namespace, config: PipelineConfig) -> None:
-    """Raises InputError where ``--num_output_frames`` is no whole number of blocks (and the image's frame)."""
+    """Raises InputError where ``--num_output_frames`` is no whole number of blocks (and the image's frame), or the VAE is tiny."""
+    if args.i2v and args.vae == "tiny":
+        raise InputError("the tiny VAE cannot encode the image as the model expects it: leave VAE=tiny out with I2V=1")
     size, given, number = config.num_frame_per_block, 1 if args.i2v else 0, args.num_output_frames
-    if number <= given or (number - given) % size:
+    if number is not None and (number <= given or (number - given) % size):
         wanted = f"a multiple of {size}" + (" plus 1 for the image" if given else "")
         raise InputError(f"num_output_frames must be positive and {wanted}, not {number}")
 

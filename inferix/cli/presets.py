@@ -231,7 +231,9 @@ def preset_table() -> str:
         sizes = (f"{size:.1f}" for size in weight_gigabytes(GEOMETRIES[preset.size]))
         number = f"{steps}, first block {first}" if first else str(steps)
         files = f"{checkpoint.repo} {checkpoint.name}" + (f" + {preset.lora.name}" if preset.lora else "")
-        rows.append((name, preset.script, preset.size, number, str(config.num_frame_per_block), *sizes, preset.licence, files))
+        rows.append(
+            (name, preset.script, preset.size, number, str(config.num_frame_per_block), *sizes, preset.licence, files)
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
     return "\n".join(lines)

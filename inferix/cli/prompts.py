@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from inferix.errors import InputError
+from inferix.pipelines.storyboard import Storyboard, read_storyboard
 
 if TYPE_CHECKING:
     from inferix.config import PipelineConfig
@@ -43,6 +45,17 @@ def read_prompts(path: Path) -> list[str]:
     if not any(prompts):
         raise InputError(f"prompt file {path} holds no prompt: write one a line")
     return [prompt for prompt in prompts if prompt]
+
+
+def storyboard_of(args: Namespace, config: "PipelineConfig") -> Storyboard:
+    """Return the storyboard that the flags name. Raises InputError where it is malformed or longer than the video."""
+    size, clip, given = config.num_frame_per_block, config.image_or_video_shape[1], 0
+    if args.model == "self_forcing":
+        given = int(args.i2v)
+        num_blocks = None if args.num_output_frames is None else given + (args.num_output_frames - given) // size
+    else:
+        num_blocks = ((args.num_rollout or 3) * (clip - args.num_overlap_frames) + args.num_overlap_frames) // size
+    return read_storyboard(args.storyboard, size, given, num_blocks)
 
 
 def typed_prompts() -> Iterator[str]:

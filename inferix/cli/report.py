@@ -8,6 +8,7 @@ from torch import nn
 from inferix.runtime.memory import num_bytes
 
 if TYPE_CHECKING:
+    from inferix.cli.jobs import Job
     from inferix.pipelines.pipeline import Pipeline
 
 
@@ -83,16 +84,18 @@ class Report:
         self.frames = 0
         self.seconds = 0.0
 
-    def add(self, frames: int, seconds: float) -> None:
-        """Count what one job has generated."""
-        self.frames += frames
-        self.seconds += seconds
+    def add(self, job: "Job") -> None:
+        """Finish the files of a job, and count its frames and seconds."""
+        self.frames += job.finish()
+        self.seconds += job.seconds
 
     def print(self) -> None:
         """Print seconds, frames a second, memory of the weights, and what stayed in high precision."""
         cache = str(self.pipeline.pipeline.kv_cache_dtype).removeprefix("torch.")
         print(f"seconds            {self.seconds:.1f} for {self.frames} frames")
         print(f"frames per second  {self.frames / self.seconds if self.seconds else 0:.1f}")
+        for path, strength, count in self.pipeline.loras:
+            print(f"LoRA               {path.name}, strength {strength:g}: {count} modules changed")
         print(f"quantization       {self.quantization}")
         print(f"key-value cache    {cache}")
         print(

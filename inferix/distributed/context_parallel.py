@@ -140,8 +140,8 @@ class ContextParallel:
         return tensor.div_(self.world_size)
 
     def local_heads(self, tensor: Tensor) -> Tensor:
-        """Return this rank's heads of ``tensor`` [B, H, d]."""
-        return tensor.chunk(self.ulysses_size, dim=1)[self.ulysses_rank]
+        """Return this rank's heads of ``tensor`` [..., H, d]."""
+        return tensor.chunk(self.ulysses_size, dim=-2)[self.ulysses_rank]
 
     def send_buffers(
         self, shape: tuple[int, int, int, int], count: int, device: torch.device, dtype: torch.dtype
@@ -213,7 +213,7 @@ def tokens_by_frame(received: Tensor, num_frames: int) -> Tensor:
 
 @cache
 def compiled_scatter_qkv() -> Callable:
-    return torch.compile(scatter_qkv, dynamic=False)
+    return torch.compile(scatter_qkv)
 
 
 def shutdown() -> None:

@@ -70,7 +70,7 @@ def weighted_sum(out: Tensor, weights: Tensor, value_mean: Tensor | None, dtype:
 
 @cache
 def compiled_weighted_sum() -> Callable:
-    return torch.compile(weighted_sum, dynamic=False)
+    return torch.compile(weighted_sum)  # the number of parts is unrolled, the number of tokens may vary
 
 
 class Part(NamedTuple):

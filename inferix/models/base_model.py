@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-from inferix.checkpoints.containers import read_transformer
+from inferix.checkpoints.containers import infer_sizes, read_transformer
 from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
 from inferix.errors import InputError
 from inferix.models.config import TransformerConfig
@@ -17,13 +17,19 @@ from inferix.models.vae import VAE, WanVAE
 TINY_VAE = "taew2_1.pth"
 
 
+def empty_transformer(config: TransformerConfig) -> CausalWanTransformer:
+    """Return a transformer on the meta device, to load weights into."""
+    with torch.device("meta"):
+        return CausalWanTransformer(config).eval().requires_grad_(False)
+
+
 class WanCheckpoint:
     """The parts of a base model, each loaded when it is asked for.
 
     Args:
         folder: of either layout.
-        transformer_weights: False leaves the transformer on the meta device, to load other weights into it; the base's own
-            need not be there.
+        transformer_weights: load the base's own transformer where it is there; False leaves the transformer on the meta
+            device, to load a checkpoint into it.
         vae: ``full`` or ``tiny``.
         tiny_vae_path: file of the tiny VAE; None: ``taew2_1.pth`` in ``folder`` or beside it.
 
@@ -45,18 +51,25 @@ class WanCheckpoint:
         self.transformer_weights = transformer_weights
         if not self.folder.is_dir():
             raise InputError(f"base model folder {folder} not found; weights/download.sh fetches Wan2.1-T2V-1.3B")
-        self.diffusers = (self.folder / "transformer").is_dir()
+        self.diffusers = any((self.folder / part).is_dir() for part in ("transformer", "vae"))
         self.transformer_folder = self.folder / "transformer" if self.diffusers else self.folder
-        self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
+        self.has_transformer = any(self.transformer_folder.glob("diffusion_pytorch_model*"))
+        self.has_config = (self.transformer_folder / "config.json").exists()
+        """Whether ``config`` is known; otherwise a checkpoint's tensors tell it, and until then it is the 1.3B model's."""
+        self.config = TransformerConfig()
+        if self.has_config:
+            self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
 
     def transformer(self) -> CausalWanTransformer:
-        """Return the transformer with the base weights, memory-mapped, or on the meta device."""
-        with torch.device("meta"):
-            model = CausalWanTransformer(self.config)
-        if self.transformer_weights:
-            state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
-            load_strict(model, read_transformer(state), self.transformer_folder)
-        return model.eval().requires_grad_(False)
+        """Return the transformer with the base weights, memory-mapped, or without weights on the meta device."""
+        if not self.transformer_weights or not self.has_transformer:
+            return empty_transformer(self.config)
+        state = read_transformer(load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model"))
+        if not self.has_config:
+            self.config, self.has_config = TransformerConfig(**infer_sizes(state)), True
+        model = empty_transformer(self.config)
+        load_strict(model, state, self.transformer_folder)
+        return model.requires_grad_(False)
 
     def vae(self) -> VAE:
         """Return the VAE, full or tiny."""

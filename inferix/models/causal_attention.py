@@ -107,13 +107,13 @@ class CausalSelfAttention:
         return partial_attention(query, keys, values, self.kv_cache.compute_dtype, self.kv_cache.parts(), means)
 
     def _subtract_mean(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Subtract the mean over the tokens of all ranks from ``value`` [B, T, H, d], which goes where it is stored or sent.
+        """Subtract from ``value`` [B, T, H, d] its mean over the tokens of all ranks, block by block of frames.
 
         Returns:
-            The stored or sent values, and this rank's heads of the mean [B, H, d], float32.
+            The values where they are stored or sent from, and the means of this rank's heads [B, G, H, d], float32.
         """
-        cuda, parallel = value.is_cuda, self.context_parallel
-        mean = (compiled_token_mean() if cuda else token_mean)(value)
+        cuda, parallel, groups = value.is_cuda, self.context_parallel, self.kv_cache.num_groups
+        mean = (compiled_token_mean() if cuda else token_mean)(value, groups)
         target = self.kv_slots[1]
         if parallel is not None:
             mean, target = parallel.mean(mean), self.sent[2]
@@ -139,23 +139,22 @@ def compiled_rotate() -> Callable:
     return torch.compile(rotate_frames, dynamic=False)
 
 
-def token_mean(value: Tensor) -> Tensor:
-    """Return the mean [B, H, d] over every ``MEAN_STRIDE``-th token of ``value`` [B, T, H, d], in float32."""
-    return value[:, ::MEAN_STRIDE].float().mean(1)
+def token_mean(value: Tensor, groups: int) -> Tensor:
+    """Return the mean [B, G, H, d] over every ``MEAN_STRIDE``-th token of each group in ``value`` [B, T, H, d], in float32."""
+    return value.unflatten(1, (groups, -1))[:, :, ::MEAN_STRIDE].float().mean(2)
 
 
 def subtract(value: Tensor, mean: Tensor, out: Tensor) -> None:
-    """Write ``value`` [B, T, H, d] minus ``mean`` [B, H, d] to ``out``, whose H may be split in two dimensions."""
-    out.copy_(saturating_cast(value.float() - mean[:, None], out.dtype).view(out.shape))
+    """Write ``value`` [B, T, H, d] minus ``mean`` [B, G, H, d] to ``out``, whose H may be split in two dimensions."""
+    centred = value.unflatten(1, (mean.shape[1], -1)).float() - mean[:, :, None]
+    out.copy_(saturating_cast(centred.flatten(1, 2), out.dtype).view(out.shape))
 
 
 @cache
 def compiled_token_mean() -> Callable:
-    return torch.compile(token_mean, dynamic=False)
+    return torch.compile(token_mean)  # of other shapes when a whole window is cached anew: dynamic from then on
 
 
 @cache
 def compiled_subtract() -> Callable:
-    return torch.compile(subtract, dynamic=False)
-
-
+    return torch.compile(subtract)

@@ -19,6 +19,8 @@ class WindowConfig:
     """Frames in the window, those of the current block included."""
     sink_size: int = 0
     """First frames of the video, which the window keeps when it rolls."""
+    block_size: int = 3
+    """Frames that are generated together, whose values have a common mean."""
     relative_positions: bool = False
     """Place the sink frames right before the oldest other frame in the window, instead of where they are in the video."""
 
@@ -46,8 +48,8 @@ class KVCache:
     ``set_positions`` says which frames the following forwards compute; every forward overwrites their keys and values, so
     that a block can be run once for each denoising step.
 
-    8-bit values are stored without their mean over the tokens of a forward, which is kept beside them in float32: sums of
-    8-bit products lose magnitude where the values have a mean.
+    8-bit values are stored without their mean over the tokens of a block, which is kept beside them in float32: sums of 8-bit
+    products lose magnitude where the values have a mean.
 
     Args:
         num_layers: layers of the transformer.
@@ -97,7 +99,9 @@ class KVCache:
         self.num_valid_frames = 0
         self.sink_position = 0
         self.blocks: list[list[int]] = []
-        """Slots of the frames in the window, by the forward that wrote them."""
+        """Slots of the frames in the window, grouped by common means of their values."""
+        self.num_groups = 1
+        """Groups of the current frames."""
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the layer's keys and values [B, F, S, H, d] on the device. Call ``wait_prefetch`` before reading them."""
@@ -122,8 +126,10 @@ class KVCache:
         self.slots = [*range(sinks), *(window.slot(frame) for frame in frames[sinks:])]
         self.sink_position = window.sink_position(end)
         kept = ([slot for slot in block if slot not in self.slots] for block in self.blocks)
-        valid = ([slot for slot in block if slot < self.num_valid_frames] for block in kept)
-        self.blocks = [block for block in valid if block] + [sorted(self.slots)]
+        size = window.block_size if len(frames) % window.block_size == 0 else 1
+        self.num_groups = len(frames) // size
+        new = [sorted(self.slots[i : i + size]) for i in range(0, len(frames), size)]
+        self.blocks = [block for block in kept if block] + new
 
     @property
     def graph_key(self) -> tuple[tuple, tuple]:
@@ -152,7 +158,8 @@ class KVCache:
         Args:
             layer: number of the layer.
             key, value: [B, T, H, d]; what ``kv_slots`` gave is not copied if it is in the cache already.
-            value_mean: [B, H, d], what was subtracted from the values; required with an 8-bit cache.
+            value_mean: [B, G, H, d], what was subtracted from the values of each of ``num_groups`` groups of the current
+                frames; required with an 8-bit cache.
 
         Returns:
             Keys and values [B, K, H, d] of the frames in the window, in no particular order of frames.
@@ -167,14 +174,15 @@ class KVCache:
                     tensor[:, slots].copy_(frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype))
         if self.value_means is not None:
             assert value_mean is not None
-            for slots, _ in ranges:
-                self.value_means[layer, slots].copy_(value_mean)
+            means = value_mean.repeat_interleave(len(self.slots) // self.num_groups, dim=1).transpose(0, 1)
+            for slots, source in ranges:
+                self.value_means[layer, slots].copy_(means[source])
         self.wait_prefetch(layer)
         keys, values = (tensor[:, : self.num_valid_frames].flatten(1, 2) for tensor in stored)
         return keys, values
 
     def parts(self) -> list[Part]:
-        """Return the parts of the window's keys, in order, whose values have one mean: contiguous, written by one forward."""
+        """Return the parts of the window's keys, in order, whose values have one mean: contiguous, of one group."""
         ranges = [r.slots for block in self.blocks for r in contiguous_ranges(block)]
         tokens = self.shape[2]
         return sorted(Part(r.start * tokens, (r.stop - r.start) * tokens) for r in ranges)

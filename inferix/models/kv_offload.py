@@ -8,6 +8,9 @@ from torch import Tensor
 
 from inferix.models.kv_cache import KVCache, contiguous_ranges
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values of a layer."""
+
 
 class OffloadedKVCache(KVCache):
     """A cache in pinned host memory; the device holds two layers in transit and every ``RESIDENT``-th layer for good.
@@ -21,27 +24,27 @@ class OffloadedKVCache(KVCache):
     RESIDENT = 15
 
     def allocate(self) -> None:
-        def pair(device: torch.device | str, **options: Any) -> Tensor:
-            return torch.zeros(2, *self.shape, device=device, dtype=self.dtype, **options)
+        def pair(device: torch.device | str, **options: Any) -> Pair:
+            keys, values = (torch.zeros(self.shape, device=device, dtype=self.dtype, **options) for _ in range(2))
+            return keys, values
 
         cuda = self.device.type == "cuda"
         self.resident = {n: pair(self.device) for n in range(0, self.num_layers, self.RESIDENT)}
-        self.host = {n: pair("cpu", pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident}
+        self.host = {n: pair(torch.device("cpu"), pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident}
         self.order = list(self.host)
         self.staging_buffers = [pair(self.device) for _ in range(2)]
         self.h2d_stream, self.d2h_stream = (torch.cuda.Stream(self.device) if cuda else None for _ in range(2))
         self.h2d_events: dict[int, torch.cuda.Event] = {}
         self.d2h_events: dict[int, torch.cuda.Event] = {}
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.resident[layer] if layer in self.resident else self.staging(layer)
-        return keys, values
+    def layer(self, layer: int) -> Pair:
+        return self.resident[layer] if layer in self.resident else self.staging(layer)
 
-    def staging(self, layer: int) -> Tensor:
-        """Return the buffer on the device [2, B, F, S, H, d] that an offloaded layer is computed in."""
+    def staging(self, layer: int) -> Pair:
+        """Return the buffers on the device [B, F, S, H, d] that an offloaded layer's keys and values are in."""
         return self.staging_buffers[self.order.index(layer) % 2]
 
-    def kv_slots(self, layer: int) -> tuple[Tensor, Tensor]:
+    def kv_slots(self, layer: int) -> Pair:
         if layer == 0:
             for first in self.order[:2]:
                 self.prefetch(first)
@@ -76,12 +79,12 @@ class OffloadedKVCache(KVCache):
         super().write_sinks(layer, keys)
         if layer in self.host:
             sinks = keys.shape[1]
-            self.host[layer][0, :, :sinks].copy_(self.staging(layer)[0, :, :sinks])
+            self.host[layer][0][:, :sinks].copy_(self.staging(layer)[0][:, :sinks])
 
     def copy(
         self,
-        source: Tensor,
-        target: Tensor,
+        source: Pair,
+        target: Pair,
         slots: list[int],
         stream: torch.cuda.Stream | None,
         events: dict[int, torch.cuda.Event],
@@ -92,7 +95,7 @@ class OffloadedKVCache(KVCache):
             stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for pair, batch, (frames, _) in product(range(2), range(self.shape[0]), contiguous_ranges(slots)):
-                target[pair, batch, frames].copy_(source[pair, batch, frames], non_blocking=True)
+                target[pair][batch, frames].copy_(source[pair][batch, frames], non_blocking=True)
         if stream is not None:
             events[layer] = stream.record_event()
 

@@ -20,7 +20,7 @@ from inferix.models.kv_cache import KVCache, WindowConfig
 from inferix.models.kv_offload import OffloadedKVCache
 from inferix.models.scheduler import DenoisingStep
 from inferix.models.text_encoder import TextEncoder
-from inferix.models.transformer import RotaryEmb
+from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from inferix.models.vae import VAE
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
@@ -53,13 +53,18 @@ class CausalInferencePipeline:
         self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
         # None on the other ranks, which have no use for them
-        self.text_encoder: TextEncoder = base.text_encoder() if self.is_main_process else None  # type: ignore[assignment]
         self.vae: VAE = base.vae() if self.is_main_process else None  # type: ignore[assignment]
+        self.text_encoder: TextEncoder = base.text_encoder() if self.is_main_process else None  # type: ignore[assignment]
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"
         self.low_memory = False
         self.kv_cache: KVCache | None = None
         self.cache_key: tuple = ()
+
+    def set_transformer(self, model: CausalWanTransformer) -> None:
+        """Generate with ``model``, of other sizes than the old one, from now on."""
+        model.context_parallel = self.context_parallel
+        self.generator = WanDiffusionWrapper(model, self.config)
 
     @property
     def enable_kv_offload(self) -> bool:
@@ -298,20 +303,20 @@ class CausalInferencePipeline:
         self.generator.model.fuse_qkv_projections()
         model, parallel = self.generator.model, self.context_parallel
         height, width = plan.latent_shape[-2:]
-        num_frames = self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        num_frames = (
+            self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
+        )
         tokens, heads = height * width // 4, model.config.num_heads
         if parallel is not None:
             tokens, heads = tokens // parallel.ring_size, heads // parallel.ulysses_size
         shape = (plan.batch, num_frames, tokens, heads, model.config.head_dim)
         sinks = min(self.config.sink_size, num_frames)
-        window = WindowConfig(num_frames, sinks, self.config.use_infinite_attention)
+        window = WindowConfig(num_frames, sinks, plan.block_size, self.config.use_infinite_attention)
         kind = OffloadedKVCache if self.enable_kv_offload else KVCache
         wanted = (kind, shape, window, self.kv_cache_dtype, signature(model))
         if self.kv_cache is None or self.cache_key != wanted:
             self.kv_cache = None  # free the old one, and the graphs that belong to it, first
-            self.kv_cache = kind(
-                model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype
-            )
+            self.kv_cache = kind(model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype)
             self.cache_key = wanted
         self.kv_cache.reset()
         return self.kv_cache

@@ -32,6 +32,8 @@ class CausVidPipeline(Pipeline):
         transformer_weights: bool = True,
         vae: str = "full",
         tiny_vae_path: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
         super().__init__(
             config_path,
@@ -44,6 +46,8 @@ class CausVidPipeline(Pipeline):
             transformer_weights,
             vae,
             tiny_vae_path,
+            height,
+            width,
         )
 
     def stream(

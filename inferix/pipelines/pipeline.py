@@ -11,12 +11,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from inferix.checkpoints.containers import QuantizedWeight, dequantize, load_checkpoint, quantized_weights
+from inferix.checkpoints.containers import (
+    QuantizedWeight,
+    dequantize,
+    infer_sizes,
+    load_checkpoint,
+    quantized_weights,
+)
 from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora
-from inferix.config import ParallelConfig, load_config
+from inferix.config import ParallelConfig, load_config, with_size
 from inferix.errors import InputError
-from inferix.models.base_model import WanCheckpoint
+from inferix.models.base_model import WanCheckpoint, empty_transformer
+from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.video import VideoWriter, safe_file_name
@@ -34,10 +41,12 @@ class Pipeline:
             call ``worker_loop``.
         device: default: the GPU if there is one.
         dtype: default: bfloat16 on a GPU, float32 on a CPU.
-        transformer_weights: False leaves ``transformer`` on the meta device, for ``dax``'s ``load_quantized`` instead of
-            ``load_checkpoint``: no float weight is loaded.
+        transformer_weights: False leaves ``transformer`` on the meta device, for ``load_checkpoint``, or for ``dax``'s
+            ``load_quantized``, with which no float weight is loaded. So does a base model without a transformer's file.
         vae: ``full``, or ``tiny`` for TAEHV, a small decoder in its place.
         tiny_vae_path: TAEHV's file; default: ``taew2_1.pth`` in the base model's folder, or in the folder of that.
+        height: of the video in pixels, a multiple of 16; default: the config's.
+        width: of the video, the same.
 
     Raises:
         InputError: if a file is missing, damaged or does not fit.
@@ -57,8 +66,10 @@ class Pipeline:
         transformer_weights: bool = True,
         vae: str = "full",
         tiny_vae_path: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
-        self.config = load_config(config_path, default_config_path)
+        self.config = with_size(load_config(config_path, default_config_path), height, width)
         self.parallel = parallel_config or ParallelConfig()
         cuda = torch.cuda.is_available()
         self.device = torch.device(device or (f"cuda:{self.parallel.local_rank}" if cuda else "cpu"))
@@ -66,11 +77,16 @@ class Pipeline:
         base = WanCheckpoint(
             wan_base_model_path or self.default_base_model_path, transformer_weights, vae, tiny_vae_path
         )
+        if not base.has_config and self.parallel.world_size > 1:
+            raise InputError(f"{base.folder} has no config.json, which several processes need; see weights/README.md")
+        self.base = base
         self.pipeline = CausalInferencePipeline(
             self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
         )
         self.quantized_weights: dict[str, QuantizedWeight] = {}
         """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
+        self.loras: list[tuple[Path, float, int]] = []
+        """The LoRAs that were merged: file, strength, number of modules that changed."""
         self.is_main_process = self.parallel.rank == 0
         """Whether this process generates: the only one, or the first one of a job."""
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
@@ -85,7 +101,8 @@ class Pipeline:
     def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
         """Load the transformer's weights from a file or a folder, of any container in docs/checkpoints.md.
 
-        Weights in 8 bits are dequantized; ``quantized_weights`` has them as they are in the file.
+        Weights in 8 bits are dequantized; ``quantized_weights`` has them as they are in the file. Where the base model's
+        folder has no ``config.json``, the transformer's sizes are read off the checkpoint.
 
         Args:
             path: a file, or a folder that holds one checkpoint.
@@ -95,9 +112,11 @@ class Pipeline:
             InputError: if it is missing, damaged or does not fit the base model.
         """
         checkpoint = load_checkpoint(path, use_ema)
+        if not self.base.has_config:
+            self.pipeline.set_transformer(empty_transformer(TransformerConfig(**infer_sizes(checkpoint.state))))
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
-        self.quantized_weights = quantized_weights(checkpoint)
+        self.quantized_weights, self.loras = quantized_weights(checkpoint), []
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -108,10 +127,16 @@ class Pipeline:
         changed = merge_lora(self.transformer, path, strength, self.config.adapter)
         for name in changed:
             self.quantized_weights.pop(name, None)
+        self.loras.append((Path(path), strength, len(changed)))
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
-        """Move every part to the device in the dtype it runs in; ``low_memory``: no more of it there than necessary."""
+        """Move every part to the device in the dtype it runs in; ``low_memory``: no more of it there than necessary.
+
+        Raises InputError where the transformer has no weights yet.
+        """
+        if any(tensor.is_meta for tensor in self.transformer.state_dict().values()):
+            raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
 

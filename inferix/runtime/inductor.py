@@ -54,8 +54,11 @@ def backend() -> str | Callable:
 
 
 def compile_forward(modules: Iterable[nn.Module]) -> None:
-    """Compile ``forward`` of modules of one class: the first call compiles, the others find its code. Idempotent."""
+    """Compile ``forward`` of modules of one class: the first call compiles, the others find its code. Idempotent.
+
+    Shapes are static at first; what is called with others is compiled once more, for any shape.
+    """
     chosen = backend()
     for module in modules:
         if "forward" not in vars(module):
-            module.forward = torch.compile(module.forward, backend=chosen, dynamic=False)
+            module.forward = torch.compile(module.forward, backend=chosen)

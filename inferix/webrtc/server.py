@@ -70,7 +70,7 @@ class Server:
         """Serve, and print where. Raises InputError where the address cannot be had."""
         self.thread.start()
         try:
-            self.url = self._call(self._open())
+            self.session.url = self._call(self._open())
         except (OSError, OverflowError, UnicodeError) as error:
             self.close()
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -79,7 +79,7 @@ class Server:
                 f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
                 "--webrtc_port (WEBRTC_PORT=...)"
             ) from None
-        print(f"watch it at {self.url}", flush=True)
+        print(f"watch it at {self.session.url}", flush=True)
 
     def close(self) -> None:
         """Close every connection and stop serving, in about a second at most."""

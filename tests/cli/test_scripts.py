@@ -147,5 +147,5 @@ def test_full_disk(self_forcing_env, tmp_path):
     with Process(command, self_forcing_env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path) as process:
         result: subprocess.CompletedProcess = process.wait(100)
     assert result.returncode == 2, result.stderr
-    assert "is the disk full?" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert "limit on file sizes" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not list((tmp_path / "my videos").iterdir())

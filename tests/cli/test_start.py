@@ -122,6 +122,20 @@ def test_script_through_a_symlink(no_torch, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"NPROC": "2", "ULYSSES_SIZE": "4"}, "ulysses_size 4 x ring_size 1 is not the number of processes (2)"),
+        ({"NPROC": "3", "RING_SIZE": "2"}, "ulysses_size 1 x ring_size 2 is not the number of processes (3)"),
+        ({"NNODES": "2", "NPROC": "1", "RING_SIZE": "1", "ULYSSES_SIZE": "1"}, "is not the number of processes (2)"),
+    ],
+)
+def test_sizes_that_are_not_the_number_of_processes(no_torch, tmp_path, variables, complaint):
+    result = run("self_forcing_quantized.sh", no_torch | variables, tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert complaint in result.stderr
+
+
 @pytest.mark.parametrize("nproc", ["two", "0", "-1"])
 def test_number_of_processes(no_torch, tmp_path, nproc):
     result = run("self_forcing_quantized.sh", no_torch | {"NPROC": nproc}, tmp_path)
@@ -129,25 +143,32 @@ def test_number_of_processes(no_torch, tmp_path, nproc):
 
 
 def download(folder: Path, python: Path, *words: str) -> subprocess.CompletedProcess:
-    """Run download.sh in a folder of its own; with --dry-run it asks no network."""
-    (folder / "download.sh").write_text((ROOT / "weights/download.sh").read_text())
-    return start(["bash", "download.sh", "--dry-run", *words], {"PATH": f"{python.parent}:/usr/bin:/bin"}, folder)
+    """Run download.sh, in a checkout without weights, for the files it would fetch: no network is asked."""
+    (folder / "weights").mkdir(exist_ok=True)
+    (folder / "weights/download.sh").write_text((ROOT / "weights/download.sh").read_text())
+    if not (folder / "inferix").exists():
+        (folder / "inferix").symlink_to(ROOT / "inferix")
+    env = {"PATH": f"{python.parent}:/usr/bin:/bin"}
+    return start(["bash", "weights/download.sh", "--dry-run", *words], env, folder)
 
 
 @pytest.mark.parametrize("spelling", ["causvid", "CausVid"])
 def test_download_says_what_it_would_fetch(bare_python, tmp_path, spelling):
-    (tmp_path / spelling / "autoregressive_checkpoint").mkdir(parents=True)
-    (tmp_path / spelling / "autoregressive_checkpoint/model.pt").touch()
+    (tmp_path / "weights" / spelling / "autoregressive_checkpoint").mkdir(parents=True)
+    (tmp_path / "weights" / spelling / "autoregressive_checkpoint/model.pt").touch()
     result = download(tmp_path, bare_python)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert "  5.7 GB  gdhe17/Self-Forcing  checkpoints/self_forcing_dmd.pt" in lines[8]
-    assert lines[9].startswith("   there  tianweiy/CausVid")
-    assert lines[10].startswith("to fetch: 23.3 GB")
-    assert not (tmp_path / "Wan2.1-T2V-1.3B").exists()
+    assert any("  5.7 GB  gdhe17/Self-Forcing  checkpoints/self_forcing_dmd.pt" in line for line in lines)
+    assert any(line.startswith("   there  tianweiy/CausVid") for line in lines)
+    assert lines[-1].startswith("to fetch: 17.6 GB")  # the base model without its transformer, and Self-Forcing
+    assert [path.name for path in sorted((tmp_path / "weights").iterdir())] == sorted([spelling, "download.sh"])
+
+
+def test_download_writes_where_the_guide_looks(bare_python, tmp_path):
+    assert "-> weights/causvid/autoregressive_checkpoint/model.pt" in download(tmp_path, bare_python, "causvid").stdout
 
 
 def test_download_of_something_else(bare_python, tmp_path):
     result = download(tmp_path, bare_python, "more")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "weights/causvid/autoregressive_checkpoint/model.pt" in download(tmp_path, bare_python, "causvid").stdout

@@ -87,6 +87,7 @@ def test_new_weights_and_settings_drop_the_graphs():
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_an_offloaded_cache_changes_not_a_bit(kv_cache_dtype):
+    torch.compiler.reset()
     resident, offloaded = (latents(build(offload=offload, kv_cache_dtype=kv_cache_dtype)) for offload in (False, True))
     assert torch.equal(resident, offloaded)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
-from measure_loading import empty
 from safetensors import safe_open
 from torch import nn
 
 from dax.quant.nn import dynamic
-from dax.quant.quantization import QConfig, convert, prepare, save_quantized
+from dax.quant.quantization import QConfig, convert, prepare, read_metadata, save_quantized
 from dax.quant.quantization.qconfig import get_fp8_per_channel_weight_qconfig
 from inferix.cli.main import run
+from inferix.models.transformer import CausalWanTransformer, TransformerConfig
 from quantization import quantize_transformer
 
 FP8, INT8 = QConfig(), QConfig(torch.int8)
@@ -33,7 +33,8 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
     """In a process of its own; the numbers are a hole in the file, which takes no disk."""
     folder = tmp_path / "saved"
     folder.mkdir()
-    model = empty()
+    with torch.device("meta"):
+        model = CausalWanTransformer(TransformerConfig()).requires_grad_(False)
     quantize_transformer(model)
     fields = json.dumps({"blocks": FP8.to_dict()}).encode()
     (folder / "qconfig.json").write_bytes(fields)
@@ -47,7 +48,7 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
 
-    command = [sys.executable, ROOT / "tests/measure_loading.py", "saved fp8", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks/loading.py", "saved fp8", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     _, size, grown, _ = map(float, result.stdout.split())
@@ -131,7 +132,7 @@ def test_settings_from_a_file(tmp_path, capsys):
         ({"load_quantized": "wider"}, "is of another model"),
         ({"save_quantized": "ok.yaml"}, "choose another folder"),
         ({"save_quantized": "saved", "no_quantize": "1"}, "leave one out"),
-        ({"qconfig": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+        ({"qconfig": "nowhere.yaml"}, "nowhere.yaml not found"),
         ({"qconfig": "saved"}, "saved cannot be read"),
         ({"qconfig": "no.yaml"}, "is not valid YAML"),
         ({"qconfig": "int4.yaml"}, "'int4' is not null, fp8, int8"),
@@ -155,9 +156,30 @@ def test_refusals(tmp_path, monkeypatch, capsys, changes, complaint):
     assert not (tmp_path / "output").exists()
 
 
+def test_a_folder_keeps_what_it_holds(tmp_path, capsys):
+    saved = tmp_path / "saved"
+    made("self_forcing", tmp_path, save_quantized=saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    made("self_forcing", tmp_path, save_quantized=saved)  # the same again
+    assert (
+        run(RUNNERS["self_forcing"].main, flags("self_forcing", tmp_path, save_quantized=saved, quant_type="int8")) == 2
+    )
+    assert "holds another quantized model: choose another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_knows_its_model(tmp_path, capsys):
+    made("self_forcing", tmp_path, save_quantized=tmp_path / "saved")
+    metadata = read_metadata(tmp_path / "saved")
+    assert (metadata["model"], metadata["quantization"]) == ("self_forcing", "fp8, per token")
+    assert metadata["checkpoint_sha256"] == hashlib.sha256(SELF_FORCING.read_bytes()).hexdigest()
+    argv = flags("causvid", tmp_path, load_quantized=tmp_path / "saved", checkpoint_folder=None)
+    assert run(RUNNERS["causvid"].main, argv) == 2
+    assert "saved: it was made of self_forcing, not of causvid" in capsys.readouterr().err
+
+
 def empty_like_golden() -> nn.Module:
     """The golden transformer's shapes, quantized, all zeros."""
-    from inferix.models.transformer import CausalWanTransformer, TransformerConfig
-
     model = CausalWanTransformer(TransformerConfig.from_json(BASE / "config.json")).requires_grad_(False)
     return convert(prepare(model, {"blocks": INT8}))
