@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from math import prod
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
+from processes import Process
 from safetensors import safe_open
 from torch import nn
 
@@ -48,10 +48,12 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
 
-    command = [sys.executable, ROOT / "benchmarks/loading.py", "saved fp8", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, ROOT / "benchmarks/loading.py", "--way", "saved fp8", "--weights_folder", tmp_path]
+    with Process(command) as process:
+        result = process.wait(100)
     assert result.returncode == 0, result.stderr
-    _, size, grown, _ = map(float, result.stdout.split())
+    figures = json.loads(result.stdout)
+    size, grown = figures["weights"], figures["peak"]
     assert size == end and 1.4e9 < size < 1.5e9  # half of bfloat16's 2.84 GB
     assert 0.9 * size < grown <= 1.2 * size  # every weight was read
 
