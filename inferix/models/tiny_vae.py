@@ -228,7 +228,9 @@ class FusedStage(nn.Module):
         """
         for block, following in zip(self.blocks, [*self.blocks[1:], None]):
             # the last block's output, which nothing remembers, has the others' layout: one kernel serves all
-            after = torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            after = (
+                torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            )
             block(frames, feat_cache, after[:, 1:])
             frames = after
         return conv2d(frames[:, 1:], self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
