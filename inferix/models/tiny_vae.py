@@ -293,7 +293,9 @@ class TinyDecoder(nn.Module):
         super().__init__()
         layers: Any = model.decoder
         self.weight, self.bias = channels_last(layers[1].weight), frozen(layers[1].bias)
-        self.stages: Any = nn.ModuleList(FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15))
+        self.stages: Any = nn.ModuleList(
+            FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15)
+        )
         self.head = FusedHead(layers[22])
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:

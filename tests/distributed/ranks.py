@@ -1,6 +1,6 @@
 """What test_parallel.py starts under torchrun: golden clips by each split, saved by the main process.
 
-    torchrun tests/distributed/ranks.py FOLDER ULYSSESxRING...
+torchrun tests/distributed/ranks.py FOLDER ULYSSESxRING...
 """
 
 import os
