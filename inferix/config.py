@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from inferix.errors import InputError
@@ -196,7 +197,7 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
     misuses a key.
     """
     merged = OmegaConf.merge(*(_read_yaml(Path(p)) for p in (default_path, path) if p is not None))
-    raw = OmegaConf.to_container(merged)
+    raw: Any = OmegaConf.to_container(merged)
     try:
         raw |= read_mapping(
             raw.get("model_kwargs") or {}
@@ -230,14 +231,14 @@ def with_size(config: PipelineConfig, height: int | None = None, width: int | No
     return replace(config, image_or_video_shape=tuple(shape))
 
 
-def _read(name: str, value: object):
+def _read(name: str, value: object) -> Any:
     try:
         return READERS.get(name, read_int)(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _read_yaml(path: Path):
+def _read_yaml(path: Path) -> DictConfig | ListConfig:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
