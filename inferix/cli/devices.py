@@ -3,6 +3,7 @@
 import math
 import os
 from argparse import Namespace
+from typing import Any
 
 import torch
 
@@ -98,10 +99,12 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
     parts = {"transformer": num_parameters(transformer) * item}
     parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
     if pipeline.is_main_process:
-        encoder, vae = pipeline.text_encoder.model, pipeline.vae.model
+        encoder: Any = pipeline.text_encoder.model
+        vae: Any = pipeline.vae.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
         parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
-        base_dim = vae.encoder[0].out_channels if isinstance(vae, TAEHV) else vae.config.base_dim
+        tiny = isinstance(pipeline.vae.model, TAEHV)
+        base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
         parts["VAE's activations"] = vae_memory(config, batch, base_dim, item, low_memory)
     return parts
 

@@ -185,7 +185,7 @@ def apply_preset(args: Namespace, weights_flag: str) -> None:
         raise InputError(f"{args.preset} is a preset of {preset.script}_quantized.sh; PRESET=list lists them all")
     needed: list[Path] = []
 
-    def default(flag: str, value, files: list[RemoteFile]) -> None:
+    def default(flag: str, value: object, files: list[RemoteFile]) -> None:
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
             needed.extend(file.path() for file in files if file.gigabytes)
@@ -225,7 +225,7 @@ def preset_table() -> str:
     from inferix.config import load_config  # needs OmegaConf, which download.sh may not have
 
     header = ("preset", "script", "size", "steps", "frames a block", "GB bf16", "GB 8 bits", "licence", "on the Hub")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name, preset in PRESETS.items():
         config, checkpoint = load_config(preset.config_path), preset.checkpoint
         steps, first = (len(s or ()) for s in (config.denoising_step_list, config.denoising_step_list_first_chunk))
