@@ -221,8 +221,9 @@ class CausalInferencePipeline:
             latents = torch.zeros(plan.batch, size, *plan.latent_shape, device=self.device, dtype=self.dtype)
             self.generator.capture(latents, rotary_emb, kv_cache)
         if plan.prompts_change and self.config.prompt_switch == "recache" and not kv_cache.recached:
-            frames = range(window.num_frames)
-            self.run_window(latents.new_zeros(plan.batch, len(frames), *plan.latent_shape), frames, plan, kv_cache)
+            zeros = latents.new_zeros(plan.batch, window.num_frames, *plan.latent_shape)
+            for first in (0, plan.block_size):  # contiguous in the cache, and not
+                self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
 
     def block_noise(
