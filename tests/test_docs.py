@@ -29,6 +29,7 @@ from inferix.cli.main import run
 from inferix.cli.presets import PRESETS
 from inferix.config import PipelineConfig, load_config
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.storyboard import read_storyboard
 from inferix.video import wait_for_writers
 from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
@@ -225,7 +226,10 @@ def test_python_names(block):
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_yaml(block, tmp_path, self_forcing):
     content = yaml.safe_load(block.code)
-    if "denoising_step_list" in content:
+    if isinstance(content, list):
+        (tmp_path / "story.yaml").write_text(block.code)
+        assert len(read_storyboard(tmp_path / "story.yaml", block_size=3).entries) == len(content)
+    elif "denoising_step_list" in content:
         (tmp_path / "config.yaml").write_text(block.code)
         assert load_config(tmp_path / "config.yaml").num_frame_per_block == 3
     else:
