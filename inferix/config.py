@@ -199,7 +199,9 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
     merged = OmegaConf.merge(*(_read_yaml(Path(p)) for p in (default_path, path) if p is not None))
     raw: Any = OmegaConf.to_container(merged)
     try:
-        raw |= read_mapping(raw.get("model_kwargs") or {})  # Self-Forcing nests timestep_shift, local_attn_size, sink_size
+        raw |= read_mapping(
+            raw.get("model_kwargs") or {}
+        )  # Self-Forcing nests timestep_shift, local_attn_size, sink_size
         names = [name for name in PipelineConfig.__dataclass_fields__ if raw.get(name) is not None]
         if missing := {"denoising_step_list", "timestep_shift"} - set(names):
             raise InputError(f"{path} has no {', '.join(sorted(missing))}; compare it with the configs under example/")

@@ -132,9 +132,7 @@ class Encoder:
         if os.strerror(errno.ENOSPC) in messages:
             return "the disk is full; free some space or choose another folder"
         said = next(filter(None, map(str.strip, messages.splitlines())), "it said nothing")
-        return (
-            f"the encoder {self._command[0]} ended with exit code {code} ({said}); is it an ffmpeg with libx264?"
-        )
+        return f"the encoder {self._command[0]} ended with exit code {code} ({said}); is it an ffmpeg with libx264?"
 
     def kill(self) -> None:
         """End the process at once, if it has not ended."""

@@ -110,8 +110,10 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
 
 
 def vae_memory(config: PipelineConfig, batch: int, base_dim: int, itemsize: int, low_memory: bool) -> int:
-    """Return the bytes of the VAE's activations, in pixel frames of its widest layer: what its convolutions keep, and
-    seven for each frame that goes through."""
+    """Return the bytes of the VAE's activations.
+
+    Counted in pixel frames of its widest layer: 23 that its convolutions keep, and 7 for each frame that goes through.
+    """
     height, width = config.image_or_video_shape[-2:]
     return (23 + 7 * (1 if low_memory else 12)) * batch * 64 * height * width * base_dim * itemsize
 
@@ -124,7 +126,10 @@ def available_memory() -> int:
 
 
 def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConfig, parallel: ParallelConfig) -> None:
-    """Raises InputError where the transformer's weights and one clip need more memory than there is, even with low memory."""
+    """Raises InputError where weights and one clip need more memory than there is, even with ``--low_memory``.
+
+    A lower bound: the weights in 8 bits unless they stay as they are, the cache and the activations.
+    """
     cuda = torch.cuda.is_available()
     low = args.low_memory or (cuda and args.low_memory is None)
     weights, _, others = parameter_counts(model)

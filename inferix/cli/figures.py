@@ -18,6 +18,7 @@ MAX_ERROR = {
     "fp8-tensor": 0.09,
     "bf16": 0.03,
     "bf16+fp8kv": 0.045,
+    "fp8kv": 0.045,
     "int8+fp8kv": 0.05,
     "fp8+fp8kv": 0.075,
     "fp8+fp8kv+offload": 0.075,

@@ -122,7 +122,9 @@ def _verified_flash_attention_3(function: Callable, device: torch.device) -> Ker
     parameters = inspect.signature(function).parameters
     if missing := {"q", "k", "v", "num_splits"} - parameters.keys():
         raise ValueError(f"flash_attn_func has no parameter {', '.join(sorted(missing))}")
-    with_lse = {"return_attn_probs": True} if "return_attn_probs" in parameters else {}  # older builds always return both
+    with_lse = (
+        {"return_attn_probs": True} if "return_attn_probs" in parameters else {}
+    )  # older builds always return both
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Result:

@@ -81,9 +81,7 @@ class CausalSelfAttention:
         frames = len(kv_cache.slots)
         if key_unrotated is not None:
             batch, tokens, heads, head_dim = key_unrotated.shape
-            sent = parallel.send_buffers(
-                (batch, tokens, heads, head_dim), 1, key_unrotated.device, key_unrotated.dtype
-            )
+            sent = parallel.send_buffers((batch, tokens, heads, head_dim), 1, key_unrotated.device, key_unrotated.dtype)
             sent[0].copy_(key_unrotated.view(sent.shape[1:]))
             received = parallel.all_to_all_heads(sent)[:, 0]
             kv_cache.store_sinks(self.layer, tokens_by_frame(received, frames).flatten(1, 3))

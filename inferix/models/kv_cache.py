@@ -171,7 +171,9 @@ class KVCache:
             for slots, source in ranges:
                 if tensor[:, slots].data_ptr() != new[:, source].data_ptr():
                     frames = new[:, source]
-                    tensor[:, slots].copy_(frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype))
+                    tensor[:, slots].copy_(
+                        frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype)
+                    )
         if self.value_means is not None:
             assert value_mean is not None
             means = value_mean.repeat_interleave(len(self.slots) // self.num_groups, dim=1).transpose(0, 1)

@@ -30,7 +30,9 @@ class OffloadedKVCache(KVCache):
 
         cuda = self.device.type == "cuda"
         self.resident = {n: pair(self.device) for n in range(0, self.num_layers, self.RESIDENT)}
-        self.host = {n: pair(torch.device("cpu"), pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident}
+        self.host = {
+            n: pair(torch.device("cpu"), pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident
+        }
         self.order = list(self.host)
         self.staging_buffers = [pair(self.device) for _ in range(2)]
         self.h2d_stream, self.d2h_stream = (torch.cuda.Stream(self.device) if cuda else None for _ in range(2))

@@ -228,7 +228,9 @@ class FusedStage(nn.Module):
         """
         for block, following in zip(self.blocks, [*self.blocks[1:], None]):
             # the last block's output, which nothing remembers, has the others' layout: one kernel serves all
-            after = torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            after = (
+                torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            )
             block(frames, feat_cache, after[:, 1:])
             frames = after
         return conv2d(frames[:, 1:], self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
@@ -291,7 +293,9 @@ class TinyDecoder(nn.Module):
         super().__init__()
         layers: Any = model.decoder
         self.weight, self.bias = channels_last(layers[1].weight), frozen(layers[1].bias)
-        self.stages: Any = nn.ModuleList(FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15))
+        self.stages: Any = nn.ModuleList(
+            FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15)
+        )
         self.head = FusedHead(layers[22])
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:

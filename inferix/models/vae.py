@@ -91,7 +91,9 @@ class VAE(ABC):
 
     def acquire(self, shape: tuple[int, int, int]) -> ClipDecoder:
         """Return a decoder for a new clip of (B, h, w), to be put back to ``pool``; those of another kind are dropped."""
-        self.pool[:] = [decoder for decoder in self.pool if (decoder.shape, decoder.low_memory) == (shape, self.low_memory)]
+        self.pool[:] = [
+            decoder for decoder in self.pool if (decoder.shape, decoder.low_memory) == (shape, self.low_memory)
+        ]
         decoder = self.pool.pop() if self.pool else ClipDecoder(self.decoder, shape, self.low_memory)
         decoder.feat_cache.restart()
         return decoder

@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
-import subprocess
 import sys
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
+from processes import Process
 from safetensors import safe_open
 from torch import nn
 
@@ -48,12 +49,13 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
 
-    command = [sys.executable, ROOT / "benchmarks/loading.py", "saved fp8", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    _, size, grown, _ = map(float, result.stdout.split())
-    assert size == end and 1.4e9 < size < 1.5e9  # half of bfloat16's 2.84 GB
-    assert 0.9 * size < grown <= 1.2 * size  # every weight was read
+    command = [sys.executable, ROOT / "benchmarks/loading.py", "--geometry=1.3b", "--way=saved fp8"]
+    with Process([*command, f"--weights_folder={tmp_path}"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as process:
+        done = process.wait(110)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["weights"] == end and 1.4e9 < end < 1.5e9  # half of bfloat16's 2.84 GB
+    assert 0.9 * end < measured["peak"] <= 1.2 * end  # every weight was read
 
 
 # --- the runners

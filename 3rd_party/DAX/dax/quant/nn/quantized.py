@@ -59,11 +59,11 @@ class Linear(QuantizedLinear):
     def _fuse_key(self) -> tuple:
         return *super()._fuse_key(), self.input_scale.item()
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_input(self, x: Tensor, in_float: bool = False) -> tuple[Tensor, Tensor]:
         """Return qdata [..., in] and the float32 scale, []."""
         scale = self.input_scale
-        q = QF.quantize(x, scale, self.qconfig.activation_dtype)
-        if not x.is_cuda:
-            # On a GPU the fp8 NaN goes through the product; the CPU's product cannot carry it, so the scale does.
+        q = QF.quantize(x, scale, self.qconfig.activation_dtype, in_float)
+        if not x.is_cuda and not in_float:
+            # On a GPU and in float32 a NaN goes through the product; in a CPU's fp8 it cannot, so the scale carries it.
             scale = torch.where(x.amax().isnan(), torch.nan, scale)
         return q, scale

@@ -1,24 +1,22 @@
 """The embedded model's training: what it trains is what the engine loads and runs."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "example/demo_model"))
+sys.path.insert(0, str(ROOT / "example/demo_model"))
 import export
 import generator
 import train
 import vae
 from inferix.checkpoints.containers import load_checkpoint
-from inferix.models.base_model import BaseModel
+from inferix.models.base_model import WanCheckpoint
+from inferix.models.scheduler import FlowMatchScheduler
 from inferix.models.transformer import CausalWanTransformer
-from inferix.scheduler import FlowMatchScheduler
 from text import build_text_encoder, build_tokenizer
 from world import SCENES, STARTS
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def assert_same_weights(loaded: torch.nn.Module, written: torch.nn.Module) -> None:
@@ -35,7 +33,7 @@ def test_exports_load_in_the_engine(tmp_path):
     export.export_base(model, tmp_path)
     export.export_distilled(model, tmp_path / export.SELF_FORCING, ("generator", "generator_ema"))
 
-    base = BaseModel(tmp_path / export.BASE)
+    base = WanCheckpoint(tmp_path / export.BASE)
     assert base.config == generator.CONFIG
     assert_same_weights(base.transformer(), model)
     assert_same_weights(base.vae().model, autoencoder)
@@ -91,17 +89,17 @@ def test_teacher_forcing_sees_what_the_cache_holds(image, monkeypatch):
     monkeypatch.setattr(generator, "NUM_FRAMES", 7)
     torch.manual_seed(0)
     model = CausalWanTransformer(generator.CONFIG)
-    blocks, schedule = generator.video_blocks(image), FlowMatchScheduler(5.0, [1000], warp=True)
+    blocks, steps = generator.video_blocks(image), FlowMatchScheduler(5.0).steps([1000], warp=True)
     given, text, noise = int(image), torch.randn(1, 8, 64), torch.randn(1, 7, 16, 8, 8)
-    latents = generator.rollout(model, text, schedule, noise, noise[:, :given], blocks)
+    latents = generator.rollout(model, text, steps, noise, noise[:, :given], blocks)
     level = torch.tensor([1000.0, 1.0])[:, None, None].expand(2, 1, 7)
     assert generator.x0_error(model, text, latents, noise, latents, level, blocks, given) < 1e-8
 
 
 def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generator, "NUM_FRAMES", 4)
-    monkeypatch.setattr(train, "SCENES", SCENES[:2])
-    monkeypatch.setattr(train, "STARTS", STARTS[:2])
+    monkeypatch.setattr(train, "SCENES", SCENES[:1])
+    monkeypatch.setattr(train, "STARTS", STARTS[:1])
     monkeypatch.setattr(train, "train_on_images", lambda *arguments: None)
     monkeypatch.setattr(train, "train_on_clips", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)

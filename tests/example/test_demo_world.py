@@ -2,12 +2,12 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "example/demo_model"))
+sys.path.insert(0, str(ROOT / "example/demo_model"))
 from score import score
 from world import BACKGROUNDS, COLORS, SCENES, SHAPES, SPEED, STARTS, Scene, centers, render
 
