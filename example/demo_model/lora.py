@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -111,10 +111,14 @@ def predict_flow(
 
 
 def noise_levels(count: int) -> tuple[Tensor, Tensor]:
-    """Return ``count`` timesteps and their sigmas, drawn from the samplers' steps; a third more of them pure noise."""
+    """Return ``count`` random timesteps and their sigmas: a third pure noise, a third a sampler's steps, the rest between."""
     steps = torch.tensor([step for shift, *rest in SCHEDULES for step in FlowMatchScheduler(shift).steps(*rest)])
-    levels = steps[torch.randint(len(steps), (count,))]
-    levels = torch.where(torch.rand(count, 1) < 1 / 3, torch.tensor([1000.0, 1.0]), levels)
+    few = steps[torch.randint(len(steps), (count,))]
+    uniform = torch.rand(count)
+    sigma = 5 * uniform / (1 + 4 * uniform)
+    kind = torch.rand(count)[:, None]
+    levels = torch.where(kind < 2 / 3, few, torch.stack([1000 * sigma, sigma], 1))
+    levels = torch.where(kind < 1 / 3, torch.tensor([1000.0, 1.0]), levels)
     return levels[:, 0].float(), levels[:, 1].float()
 
 
@@ -170,14 +174,6 @@ def fit(model: CausalWanTransformer, parameters: list[Tensor], openings: Clips, 
             print(f"{step:4d}  {name:8}  {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def load(factors: dict[str, LowRank], path: Path) -> None:
-    """Give ``factors`` the values in a file that ``save`` wrote."""
-    state = load_file(path)
-    for name, factor in factors.items():
-        factor.down.data.copy_(state[f"transformer.{name}.lora_A.weight"])
-        factor.up.data.copy_(state[f"transformer.{name}.lora_B.weight"])
-
-
 def save(factors: dict[str, LowRank], path: Path) -> None:
     """Write the factors as diffusers does, in float16; without an alpha the product counts as it is."""
     state = {}
@@ -197,7 +193,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=12, help="first blocks of a step")
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--clips", type=int, default=8, help="scenes of which more than the first block is encoded")
-    parser.add_argument("--resume", type=Path, help="go on from this file, of the same rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: weights/demo/lora/SHAPE.safetensors")
     args = parser.parse_args(arguments)
@@ -217,8 +212,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(f"latents of {len(chosen)} openings and {len(few)} clips: {time.perf_counter() - start:.0f} s", flush=True)
     factors = add_low_rank(pipeline.transformer, args.rank)
-    if args.resume:
-        load(factors, args.resume)
     parameters = [parameter for factor in factors.values() for parameter in factor.parameters()]
     fit(pipeline.transformer, parameters, openings, clips, args)
     save(factors, args.output or DEMO / f"lora/{args.shape}.safetensors")
