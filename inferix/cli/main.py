@@ -8,14 +8,16 @@ import time
 import traceback
 from collections.abc import Callable
 
-from inferix.errors import InputError
+from inferix.errors import FailedVideosError, InputError
 
 GRACE_SECONDS = 5
 """Time for an orderly end when a job has failed."""
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call ``main(argv)`` and return the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+    """Call ``main(argv)`` and return the exit code.
+
+    0: done; 1: some videos of a batch failed; 2: bad input; 130: interrupted. All but the first with one line on stderr.
 
     With ``argv=None`` this is a process of its own: SIGINT, SIGTERM and SIGHUP end it in order, incomplete files removed.
     """
@@ -31,6 +33,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FailedVideosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if argv is not None or "RANK" not in os.environ:
             raise

@@ -8,7 +8,7 @@ from torch import nn
 from inferix.runtime.memory import num_bytes
 
 if TYPE_CHECKING:
-    from inferix.cli.jobs import Job
+    from inferix.cli.planner import Job
     from inferix.pipelines.pipeline import Pipeline
 
 

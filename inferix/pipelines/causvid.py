@@ -10,8 +10,8 @@ from torch import Tensor
 
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.pipelines.pipeline import Pipeline, write_videos
-from inferix.video import safe_file_name
 
 RolloutPrompt = str | Iterator[str]
 """A prompt for a whole rollout, or an iterator that is asked before each of its blocks."""

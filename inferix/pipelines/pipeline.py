@@ -1,7 +1,7 @@
 """What the pipelines share: building the parts, loading weights, encoding prompts, saving files."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora
 from inferix.config import ParallelConfig, load_config, with_size
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
-from inferix.video import VideoWriter, safe_file_name
+from inferix.pipelines.noise import SampleGenerator
+from inferix.video import VideoWriter
 
 
 class Pipeline:
@@ -174,9 +176,19 @@ class Pipeline:
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
         return result
 
-    def seeded(self, seed: int) -> torch.Generator:
-        """Return a generator on the pipeline's device."""
-        return torch.Generator(self.device).manual_seed(seed)
+    def seeded(self, seed: int, samples: Sequence[int] | None = None, num_samples: int = 1) -> torch.Generator:
+        """Return a generator on the pipeline's device.
+
+        Args:
+            seed: the same seed gives the same draws.
+            samples: generate only these of a batch of ``num_samples`` videos, each with the draws that it has in the batch.
+            num_samples: videos in the whole batch.
+        """
+        if samples is None or list(samples) == list(range(num_samples)):
+            return torch.Generator(self.device).manual_seed(seed)
+        generator = SampleGenerator(self.device)
+        generator.samples, generator.num_samples = samples, num_samples
+        return generator.manual_seed(seed)
 
     def _embeddings(self, prompts: Iterable[list[str]]) -> Iterator[Tensor]:
         for batch in prompts:
