@@ -151,4 +151,8 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 check_packages()
-check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+if check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1))) and "RANK" in os.environ:
+    from inferix.cli.main import handle_signals, interrupt
+
+    interrupt.graceful = True  # another process may be in the middle of a video while this one still loads
+    handle_signals()

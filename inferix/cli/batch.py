@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from inferix.cli.data_parallel import WorkQueue, graceful_interrupt
+from inferix.cli.data_parallel import WorkQueue
 from inferix.cli.file_names import entry_names
-from inferix.cli.main import is_communication_error
+from inferix.cli.main import interrupt, is_communication_error
 from inferix.cli.manifest import Record, video_key
 from inferix.cli.model_paths import display_path
 from inferix.cli.planner import Job, Planner
@@ -97,7 +97,8 @@ class Batch:
         """
         if self.is_first:
             remove_stale_partials(self.folder, set(self.manifest.by_file))
-        with self.bar, graceful_interrupt(announce=self.is_first) as interrupt:
+        interrupt.graceful = True
+        with self.bar:
             for unit in self.units:
                 if interrupt.requested:
                     self.queue.request_stop()
@@ -112,9 +113,10 @@ class Batch:
                 self.refresh()
                 time.sleep(POLL_SECONDS)
             self.refresh()
+        stopped = self.queue.stop_requested()
         if self.is_first:
-            self.finish(self.queue.stop_requested())
-        if self.queue.stop_requested():
+            self.finish(stopped)
+        if stopped:
             raise KeyboardInterrupt
 
     def missing(self, unit: Unit) -> list[int]:

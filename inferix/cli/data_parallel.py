@@ -1,14 +1,8 @@
 """Data parallelism: groups of ranks that each make videos of their own, and who makes which."""
 
-import signal
-import sys
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from inferix.config import ParallelConfig
 
@@ -69,34 +63,3 @@ class WorkQueue:
         if not self.store.check([f"{kind}/{group}" for group in groups for kind in ("process", "ended")]):
             return False
         return all(self.store.get(f"ended/{group}") == self.store.get(f"process/{group}") for group in groups)
-
-
-class Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    requested = False
-
-
-@contextmanager
-def graceful_interrupt(announce: bool) -> Iterator[Interrupt]:
-    """Let the first SIGINT only be noted, and the second one raise KeyboardInterrupt.
-
-    Args:
-        announce: say so, on stderr, when the first one comes.
-    """
-    interrupt = Interrupt()
-
-    def note(number: int, _: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        interrupt.requested = True
-        if announce:
-            tqdm.write("finishing the videos that were begun; Ctrl-C again stops now", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    former = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, former)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from inferix.cli.batch import Batch
-from inferix.cli.data_parallel import graceful_interrupt
-from inferix.cli.main import rank
+from inferix.cli.main import interrupt, rank
 from inferix.cli.planner import Job, Planner
 from inferix.cli.record import Recorder
 from inferix.cli.report import Report, quantization_name
@@ -39,8 +38,8 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
     a group's main process take part in what that generates, and get no jobs.
     """
     if not pipeline.is_main_process:
-        with graceful_interrupt(announce=False) if args.entries is not None else nullcontext():
-            pipeline.worker_loop()
+        interrupt.graceful = args.entries is not None
+        pipeline.worker_loop()
         return
     if getattr(args, "enable_profiling", False):
         pipeline.stage_seconds = {}

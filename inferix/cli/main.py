@@ -54,9 +54,26 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         return 130
 
 
+class Interrupt:
+    """What SIGINT does: it raises KeyboardInterrupt; while ``graceful`` is set the first one is only noted."""
+
+    graceful = False
+    requested = False
+
+    def handle(self, *_: object) -> None:
+        if not self.graceful or self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if rank() == 0:
+            print("\nfinishing the videos that were begun; Ctrl-C again stops now", file=sys.stderr)
+
+
+interrupt = Interrupt()
+
+
 def handle_signals() -> None:
-    """Let SIGINT raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that context managers clean up."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let SIGINT do what ``interrupt`` says, and SIGTERM and SIGHUP raise SystemExit, so that context managers clean up."""
+    signal.signal(signal.SIGINT, interrupt.handle)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -15,6 +15,7 @@ Rank 0 of the group is the main process: it has the text encoder and the VAE and
 """
 
 import atexit
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -56,6 +57,17 @@ def check_sizes(config: ParallelConfig, num_heads: int, tokens_per_frame: int) -
         )
 
 
+def init_process_group(backend: str) -> None:
+    """Initialize the default process group, by the variables that torchrun sets.
+
+    torchrun's store outlives a restart (``--max-restarts``), and with it the addresses of processes that are no more: every
+    attempt has keys of its own.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
 class ProcessGroups(NamedTuple):
     """The process groups that a rank is in."""
 
@@ -91,7 +103,7 @@ class ContextParallel:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(shutdown)
         self.rank, self.world_size = config.rank, config.world_size
         self.ulysses_size, self.ring_size = config.ulysses_size, config.ring_size
