@@ -22,8 +22,8 @@ SCRIPT = "self_forcing_quantized.sh"
 
 @pytest.fixture
 def batch_env(self_forcing_env, tmp_path) -> dict[str, str]:
-    """Variables for six prompts and two groups."""
-    entries = [{"prompt": f"A cat, take {number}", "id": str(number)} for number in range(6)]
+    """Variables for eight prompts and two groups."""
+    entries = [{"prompt": f"A cat, take {number}", "id": str(number)} for number in range(8)]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
     return self_forcing_env | {"PROMPT_FILE": "list.jsonl", "DATA_PARALLEL": "2"}
 
@@ -50,24 +50,22 @@ def ranks(process: Process) -> list[psutil.Process]:
 
 @pytest.mark.timeout(400)
 def test_killed_and_started_again(batch_env, tmp_path):
-    """One rank, then the whole job: the next run goes on, and nothing is made twice."""
-    with Process([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path) as process:
-        process.wait_until(lambda: lines(tmp_path))
-        (victim,) = [rank for rank in ranks(process) if rank.environ()["RANK"] == "1"]
+    """One of two groups' ranks, then the whole job: torchrun's restart and the next run go on, and nothing is made twice."""
+    env = batch_env | {"ULYSSES_SIZE": "2", "PET_MAX_RESTARTS": "1"}  # torch's variable for torchrun's --max-restarts
+    with Process([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
+        process.wait_until(lambda: lines(tmp_path), 100)
+        (victim,) = [rank for rank in ranks(process) if rank.environ()["RANK"] == "3"]
         victim.kill()
-        result = process.wait(60)
-    assert result.returncode == 128 + signal.SIGKILL
-    assert "error: process 1 of 2 was ended by SIGKILL" in result.stderr
-    made = len(lines(tmp_path))
-    with Process([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path) as process:
-        process.wait_until(lambda: len(lines(tmp_path)) > made)
+        killed_at = len(lines(tmp_path))
+        process.wait_until(lambda: len(lines(tmp_path)) > killed_at + 1, 150)  # the other group may complete one more
         for victim in [*ranks(process), psutil.Process(process.popen.pid)]:
             victim.kill()
     made = len(lines(tmp_path))
+    assert {line["processes"] for line in lines(tmp_path)} == {2}
     result = run(SCRIPT, batch_env, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"videos             {6 - made} made, {made} complete before: my videos/manifest.jsonl" in result.stdout
-    assert_each_once(tmp_path, 6)
+    assert f"videos             {8 - made} made, {made} complete before: my videos/manifest.jsonl" in result.stdout
+    assert_each_once(tmp_path, 8)
 
 
 @pytest.mark.timeout(400)
@@ -79,24 +77,9 @@ def test_interrupted(batch_env, tmp_path):
         result = process.wait(100)
     assert result.returncode == 130 and "Traceback" not in result.stderr
     made = len(lines(tmp_path))
-    assert 1 <= made < 6 and f"{6 - made} of 6 videos are not made yet" in result.stderr
+    assert 1 <= made < 8 and f"{8 - made} of 8 videos are not made yet" in result.stderr
     videos = list((tmp_path / "my videos").iterdir())
     assert len(videos) == made + 1 and all(line.get("error") is None for line in lines(tmp_path))
-
-
-@pytest.mark.timeout(400)
-def test_restarted_by_torchrun_and_ranks_that_share_a_video(batch_env, tmp_path):
-    """Two groups of two; torchrun restarts the job when a rank is killed (its --max-restarts, by torch's own variable)."""
-    env = batch_env | {"ULYSSES_SIZE": "2", "PET_MAX_RESTARTS": "2"}
-    with Process([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
-        process.wait_until(lambda: lines(tmp_path))
-        (victim,) = [rank for rank in ranks(process) if rank.environ()["RANK"] == "3"]
-        victim.kill()
-        result = process.wait(150)
-    assert result.returncode == 0, result.stderr
-    assert "videos             6 made" in result.stdout
-    assert {line["processes"] for line in lines(tmp_path)} == {2}
-    assert_each_once(tmp_path, 6)
 
 
 # --- without processes
