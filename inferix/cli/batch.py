@@ -175,7 +175,7 @@ class Batch:
         before = f", {self.complete_before} complete before" if self.complete_before else ""
         failed = f", {len(self.failed)} failed" if self.failed else ""
         print(f"videos             {len(self.made)} made{before}{failed}: {display_path(self.manifest.path)}")
-        left = self.bar.total - len(self.made)
+        left = len(self.names) - self.complete_before - len(self.made)
         if stopped:
             print(f"{left} of {len(self.names)} videos are not made yet: the same command goes on", file=sys.stderr)
         elif self.failed:
