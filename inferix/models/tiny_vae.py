@@ -9,16 +9,17 @@ Latents are [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, load_strict
 from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle, load_safetensors
 from inferix.models.vae import VAE
-from inferix.models.vae_decoder import Clip, compiled_on_gpu, conv3d, frozen, rows
+from inferix.models.vae_decoder import FeatCache, compiled_on_gpu, conv3d, frozen, rows
 
 FRAMES_PER_LATENT = 4
 LATENT_CHANNELS = 16
@@ -123,7 +124,7 @@ class TAEHV(nn.Module):
             raise InputError(f"{source} holds no TAEHV, such as taew2_1.pth; is it another VAE?") from None
         with torch.device("meta"):
             model = cls(encoder_width, decoder_widths)
-        assign(model, state, source)
+        load_strict(model, state, source)
         return model.float()
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -185,16 +186,17 @@ class FusedMemoryBlock(nn.Module):
 
     def __init__(self, source: MemoryBlock):
         super().__init__()
-        first, _, second, _, third = source.conv
+        convs: Any = source.conv
+        first, _, second, _, third = convs
         current, previous = first.weight.chunk(2, dim=1)
         weight = torch.stack([previous, current], dim=2)  # [C, C, 2, 3, 3]
         self.weight1 = frozen(weight.contiguous(memory_format=torch.channels_last_3d))
         self.weight2, self.weight3 = channels_last(second.weight), channels_last(third.weight)
         self.bias1, self.bias2, self.bias3 = (frozen(conv.bias) for conv in (first, second, third))
 
-    def forward(self, frames: Tensor, clip: Clip, out: Tensor) -> None:
-        """Read [B, 1+T, H, W, C], which ``clip.behind`` made, and fill ``out`` [B, T, H, W, C]."""
-        clip.keep(self, frames)
+    def forward(self, frames: Tensor, feat_cache: FeatCache, out: Tensor) -> None:
+        """Read [B, 1+T, H, W, C], which ``feat_cache.prepend`` returned, and fill ``out`` [B, T, H, W, C]."""
+        feat_cache.store(self, frames)
         x = conv3d(frames.permute(0, 4, 1, 2, 3), self.weight1, None, (0, 1, 1)).permute(0, 2, 3, 4, 1)
         x = conv2d(bias_relu(rows(x), self.bias1).view_as(x), self.weight2, padding=1)
         x = conv2d(bias_relu(rows(x), self.bias2).view_as(x), self.weight3, padding=1)
@@ -234,24 +236,26 @@ class FusedStage(nn.Module):
         self.out = (grow.num, conv.out_channels)
         self.weight = channels_last(fold_upsample(grow, conv))
 
-    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
+    def forward(self, frames: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, 1+T, H, W, C] to [B, T, H+1, W+1, 2, 2, n, C'].
 
         Element (y, x, a, b) is output pixel (2y - a, 2x - b); those outside of the frame are to be left out.
         """
         for block, following in zip(self.blocks, [*self.blocks[1:], None]):
-            # the last block's output, which nothing remembers, is laid out like the others': one kernel serves all
-            after = torch.empty_like(frames) if following is None else clip.behind(following, frames[:, 1:], num=1)
-            block(frames, clip, after[:, 1:])
+            # the last block's output, which nothing remembers, has the others' layout: one kernel serves all
+            after = (
+                torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            )
+            block(frames, feat_cache, after[:, 1:])
             frames = after
         return conv2d(frames[:, 1:], self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
 
 
-def to_frames(groups: Tensor, reader: FusedMemoryBlock, clip: Clip) -> Tensor:
+def to_frames(groups: Tensor, reader: FusedMemoryBlock, feat_cache: FeatCache) -> Tensor:
     """[B, T, H+1, W+1, 2, 2, n, C] from a ``FusedStage`` to [B, 1+n*T, 2*H, 2*W, C], behind what ``reader`` remembers."""
     batch, time, height, width, _, _, num, channels = groups.shape
     height, width = height - 1, width - 1
-    frames = clip.behind(reader, groups, num=1, shape=(batch, num * time, 2 * height, 2 * width, channels))
+    frames = feat_cache.prepend(reader, groups, num=1, shape=(batch, num * time, 2 * height, 2 * width, channels))
     clips, frame, row, column, a, b, part, channel = groups.stride()
     pixels = groups.as_strided(
         (batch, time, num, height, 2, width, 2, channels),
@@ -268,7 +272,7 @@ class FusedHead(nn.Module):
     convolution from 4*C to 12, which keeps the hardware busier, and the pixels need not be put in order before it.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: Any):
         super().__init__()
         weight = F.pad(fold_head(conv), (0, 0) * 3 + (0, 4))  # tensor cores want a multiple of eight channels
         self.weight = channels_last(weight)
@@ -295,12 +299,14 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, model: TAEHV):
         super().__init__()
-        layers = model.decoder
+        layers: Any = model.decoder
         self.weight, self.bias = channels_last(layers[1].weight), frozen(layers[1].bias)
-        self.stages = nn.ModuleList(FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15))
+        self.stages: Any = nn.ModuleList(
+            FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15)
+        )
         self.head = FusedHead(layers[22])
 
-    def forward(self, latents: Tensor, clip: Clip, frame_by_frame: bool = False) -> Tensor:
+    def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:
         """Latents [B, F, 16, h, w] to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.
 
         The clip's first latent frame becomes one pixel frame, every other four. ``frame_by_frame``, latent frames go
@@ -308,18 +314,18 @@ class TinyDecoder(nn.Module):
         """
         pixels = []
         for piece in latents.split(1 if frame_by_frame else latents.shape[1], dim=1):
-            pixels.append(self.decode(piece, clip))
-            clip.first = False
+            pixels.append(self.decode(piece, feat_cache))
+            feat_cache.first = False
         return pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)
 
-    def decode(self, latents: Tensor, clip: Clip) -> Tensor:
+    def decode(self, latents: Tensor, feat_cache: FeatCache) -> Tensor:
         limited = Tanh3()(latents.float()).to(self.weight.dtype)
         x = conv2d(limited.permute(0, 1, 3, 4, 2), self.weight, padding=1)
-        frames = clip.behind(self.stages[0].blocks[0], x, num=1)
+        frames = feat_cache.prepend(self.stages[0].blocks[0], x, num=1)
         frames[:, 1:] = bias_relu(rows(x), self.bias).view_as(x)
         for stage, following in zip(self.stages, self.stages[1:]):
-            frames = to_frames(stage(frames, clip), following.blocks[0], clip)
-        return self.head(self.stages[-1](frames, clip), skip=FRAMES_PER_LATENT - 1 if clip.first else 0)
+            frames = to_frames(stage(frames, feat_cache), following.blocks[0], feat_cache)
+        return self.head(self.stages[-1](frames, feat_cache), skip=FRAMES_PER_LATENT - 1 if feat_cache.first else 0)
 
 
 def latents_statistics() -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from inferix.errors import InputError
 from inferix.models import tiny_vae
 from inferix.models.tiny_vae import TAEHV, TinyDecoder, TinyVAE
-from inferix.models.vae import StreamingDecoder
-from inferix.models.vae_decoder import Clip, as_base
+from inferix.models.vae_decoder import FeatCache, as_base
 
 FILE = GOLDEN / "TAEHV/taew2_1.pth"
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ def random_model(*decoder_widths: int) -> TAEHV:
 
 
 def in_pieces(vae: TinyVAE, latents: Tensor, lengths: int | tuple[int, ...]) -> list[Tensor]:
-    decode = StreamingDecoder(vae)
+    decode = vae.streaming_decoder()
     return [decode(piece) for piece in latents.split(lengths, dim=1)]
 
 
@@ -92,25 +91,25 @@ def test_batch_is_two_single_clips(vae):
     ("widths", "batch", "lengths", "size"),
     [((8, 7, 6, 4), 1, (3, 3, 3), (4, 6)), ((16, 8, 8, 8), 2, (1, 2, 4), (3, 5)), ((4, 4, 4, 4), 1, (2, 1, 1), (1, 2))],
 )
-@pytest.mark.parametrize("frugal", (False, True))
-def test_decoder_computes_what_the_network_does(widths, batch, lengths, size, frugal):
+@pytest.mark.parametrize("low_memory", (False, True))
+def test_decoder_computes_what_the_network_does(widths, batch, lengths, size, low_memory):
     model = random_model(*widths)
     latents = torch.randn(batch, sum(lengths), 16, *size)
     wanted = model.decode(latents).clamp(0, 1)
     assert wanted.std() > 0.05
     vae = TinyVAE(model)
-    vae.frugal = frugal
+    vae.low_memory = low_memory
     for _ in range(2):  # the second time with the memory that the first clip has left
         pieces = in_pieces(vae, latents, lengths)
         assert [piece.shape[1] for piece in pieces] == [4 * lengths[0] - 3] + [4 * length for length in lengths[1:]]
         assert_near(torch.cat(pieces, dim=1), wanted, 1e-5)
-    assert len(vae.idle) == 1
+    assert len(vae.pool) == 1
 
 
 def test_in_bfloat16_no_further_off_than_the_network():
     model, latents = random_model(16, 16, 8, 8), torch.randn(1, 4, 16, 6, 8)
     exact = model.decode(latents).clamp(0, 1)
-    ours = TinyDecoder(model).to(dtype=torch.bfloat16)(latents, Clip())
+    ours = TinyDecoder(model).to(dtype=torch.bfloat16)(latents, FeatCache())
     assert ours.dtype == torch.float32
     theirs = model.to(torch.bfloat16).decode(latents.bfloat16()).float().clamp(0, 1)
     assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
@@ -145,7 +144,7 @@ def test_on_a_gpu_the_same_from_cuda_graphs(dtype, tolerance):
     vae = TinyVAE(model).to(torch.device("cuda"), dtype)
     for _ in range(2):  # the first clip captures, the second replays
         assert_near(torch.cat(in_pieces(vae, latents.cuda(), 3), dim=1).cpu(), wanted, tolerance)
-    assert vae.idle[0].graphs.keys() == {(3, True), (3, False)}
+    assert vae.pool[0].graphs.keys() == {(3, True), (3, False)}
 
 
 def truncated(path, folder):

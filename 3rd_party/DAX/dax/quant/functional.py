@@ -1,14 +1,18 @@
-"""The arithmetic: values to 8-bit codes and scales, and the product of two 8-bit matrices.
+"""The arithmetic: float tensors to 8-bit values and scales, and the product of two 8-bit matrices.
 
 Everything here is plain torch without data-dependent branches, so `torch.compile` fuses the quantization into whatever
 computed the activation, and the scales into whatever follows the product.
 
-A value x is stored as a code q with x ≈ q·s, for a group of values that shares the scale s = max|x| / qmax. qmax is the
-largest finite code: 127 (int8, whose -128 stays unused to keep it symmetric), 448 (float8_e4m3fn), 57344 (float8_e5m2).
-The linear layer is then  y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n, k] + b[n].
+A value x is stored as q (`qdata`) with x ≈ q·s, for a group of values that shares the scale s = max|x| / qmax. qmax is
+the largest finite value of the 8-bit type: 127 (int8, whose -128 stays unused to keep it symmetric), 448
+(float8_e4m3fn), 57344 (float8_e5m2). The linear layer is then
+y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n, k] + b[n].
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +22,7 @@ from torch import Tensor
 try:
     from dax.quant import kernels
 except ImportError:  # a build of torch without Triton, such as a CPU's
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
@@ -32,68 +36,110 @@ MIN_INT8_ROWS = 17
 # Values of a row that the registers of a GPU's thread block hold.
 LONGEST_GELU_ROW = 16384
 
+# These names of torch are private. Where a version lacks one, the same product is computed in float32.
+HAS_INT_MM = hasattr(torch, "_int_mm")
+HAS_SCALED_MM = hasattr(torch, "_scaled_mm")
 # Without VNNI, oneDNN's int8 product adds pairs of 16-bit partial sums that saturate: wrong, not only slow.
-CPU_HAS_INT8_DOT = torch.cpu._is_vnni_supported()
+CPU_HAS_INT8_DOT = HAS_INT_MM and getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
 # The largest K for which every partial sum of int8 products is an integer that float32 holds: 127² · 1040 < 2²⁴.
 EXACT_FLOAT32_K = 1040
 
 
-def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 scale, of `absmax`'s shape, that maps a group's largest magnitude to the largest code of `dtype`.
+def in_autocast(x: Tensor) -> bool:
+    """Return whether autocast is on for the device of `x`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
-    It is at least the smallest normal float32, so a group of zeros or denormals gets codes of zero and its reciprocal
-    stays finite; for an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays NaN.
+
+def no_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function of a tensor (and more) so that autocast does not change the types it computes in."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not in_autocast(x):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
+def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the float32 scale, of `absmax`'s shape, that maps a group's largest magnitude to qmax of `dtype`.
+
+    It is at least the smallest normal float32, so that a group of zeros or denormals becomes zeros and the scale's
+    reciprocal stays finite. For an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays
+    NaN.
     """
     return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest_scale(absmax.dtype, dtype))
 
 
-def largest_scale(dtype: torch.dtype, code_dtype: torch.dtype) -> float:
-    """That of the largest finite value of `dtype`, or a little less, so that it stays finite."""
-    return min(torch.finfo(dtype).max, FLOAT32.max * (1 - FLOAT32.eps)) / QMAX[code_dtype]
+def largest_scale(dtype: torch.dtype, qdtype: torch.dtype) -> float:
+    """Return the scale of the largest finite value of `dtype`, or a little less, so that it stays finite."""
+    return min(torch.finfo(dtype).max, FLOAT32.max * (1 - FLOAT32.eps)) / QMAX[qdtype]
 
 
-def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes of `x` [..., K] for a scale that broadcasts against it: round(x / scale) in `dtype`, saturating.
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype, in_float: bool = False) -> Tensor:
+    """Return `x` [..., K] in 8 bits for a scale that broadcasts against it: round(x / scale) in `dtype`, saturating.
 
-    Infinities become the largest code. A NaN stays NaN in fp8; int8 has no code for it (see `quantize_per_token`).
+    Infinities become ±qmax. A NaN stays NaN in fp8; int8 has no value for it (see `quantize_per_token`).
+
+    With `in_float` the same values come as float32, for a product that is computed in float32 (see `float_product`).
     """
     q = x.float() * scale.reciprocal()
     if dtype == torch.int8:
         q = q.round_()
     # What a cast does with values it cannot hold differs between versions of torch, so it never sees one.
-    return q.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
+    q = q.clamp_(-QMAX[dtype], QMAX[dtype])
+    if not in_float:
+        return q.to(dtype)
+    return q if dtype == torch.int8 else round_to_fp8(q, dtype)
 
 
-def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` [..., K] → codes [..., K] and float32 scales [..., 1]. On a weight [out, in] this is per-channel.
+def round_to_fp8(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 values within ±qmax to those of the fp8 type `dtype`, to nearest and ties to even, as a cast does.
+
+    On a CPU it takes a third of the time of a cast and back. Adding 1.5 · 2²³ · step to a value and subtracting it again
+    leaves a multiple of the step, which is a power of two below the value's own (or below the smallest normal number).
+    """
+    mantissa_bits, smallest_normal = (3, 2.0**-6) if dtype == torch.float8_e4m3fn else (2, 2.0**-14)
+    exponent = (q.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |q|
+    power, steps = exponent.clamp_min_(smallest_normal), 1.5 * 2.0 ** (23 - mantissa_bits)
+    return torch.add(q, power, alpha=steps).sub_(power, alpha=steps)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype, in_float: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize `x` [..., K] to qdata [..., K] and float32 scales [..., 1]. On a weight [out, in] this is per-channel.
 
     A row with an infinity saturates: the infinity counts as the largest finite value of `x.dtype`. A row with a NaN
     gets the scale NaN, so that its output is NaN in every column, as a float Linear's would be, and no other row is.
+    `in_float` is as in `quantize`.
     """
     scale = absmax_to_scale(x.abs().amax(-1, keepdim=True), dtype)
-    return quantize(x, scale, dtype), scale
+    return quantize(x, scale, dtype, in_float), scale
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, `x` of any shape and type: (1 + tanh(u)) / 2 is the sigmoid of 2u, a third of the work."""
+    """Return GELU of `x` (any shape and float type), tanh form: (1 + tanh(u)) / 2 = sigmoid(2u), a third of the work."""
     y = x.float()
     return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
 
 
-def quantize_gelu_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`quantize_per_token` of GELU(`x`); on a GPU, rows of up to `LONGEST_GELU_ROW` in one kernel of our own."""
+def quantize_gelu_per_token(x: Tensor, dtype: torch.dtype, in_float: bool = False) -> tuple[Tensor, Tensor]:
+    """Return `quantize_per_token` of GELU(`x`); on a GPU, rows of up to `LONGEST_GELU_ROW` take one Triton kernel."""
     if not x.is_cuda or kernels is None or x.shape[-1] > LONGEST_GELU_ROW:
-        return quantize_per_token(gelu(x), dtype)
+        return quantize_per_token(gelu(x), dtype, in_float)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     q, scale = kernels.gelu_quantize(rows, dtype, QMAX[dtype], FLOAT32.tiny, largest_scale(x.dtype, dtype))
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def quantize_per_tensor(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """`x` of any shape → codes of that shape and one float32 scale of shape []; a NaN anywhere makes it NaN.
+def quantize_per_tensor(
+    x: Tensor, dtype: torch.dtype, group: "dist.ProcessGroup | None" = None, in_float: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantize `x` of any shape to qdata of that shape and one float32 scale of shape []; a NaN anywhere makes it NaN.
 
-    With `group`, of whose ranks each has a part of the tensor, the scale is that of the whole, the same on all of them
-    (but that a NaN may show on the rank alone that has it).
+    With `group`, whose ranks each hold a part of the tensor, the scale is that of the whole tensor, the same on all
+    ranks (except that a NaN may show on the rank alone that has it). `in_float` is as in `quantize`.
     """
     absmax = x.abs().amax()
     if group is not None:
@@ -101,11 +147,11 @@ def quantize_per_tensor(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup 
         dist.all_reduce(absmax, dist.ReduceOp.MAX, group=group)
         absmax = absmax.to(x.dtype)
     scale = absmax_to_scale(absmax, dtype)
-    return quantize(x, scale, dtype), scale
+    return quantize(x, scale, dtype, in_float), scale
 
 
 def hadamard(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The orthonormal Walsh-Hadamard matrix [n, n], n a power of two up to 64: symmetric, and its own inverse."""
+    """Return the orthonormal Walsh-Hadamard matrix [n, n], n a power of two up to 64: symmetric, its own inverse."""
     i = torch.arange(n, device=device)
     parity = i[:, None] & i
     for shift in (4, 2, 1):
@@ -113,61 +159,87 @@ def hadamard(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return ((1 - 2 * (parity & 1)) * n**-0.5).to(dtype)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """`x` [..., K] times a block-diagonal Hadamard matrix, which spreads an outlier over its block; again undoes it.
+@no_autocast
+def rotate(x: Tensor, width: int | None = None) -> Tensor:
+    """Multiply `x` [..., K] by a block-diagonal Hadamard matrix, which spreads an outlier over its block; twice undoes it.
 
     A block is 64, 16 or 4 wide, as K allows, so that its entries are exact in every type; for other K nothing changes.
     Magnitudes beyond 1/64 of the type's largest saturate, so that no sum overflows: an infinity never makes a NaN.
-    (QuaRot, arXiv 2404.00456: x Wᵀ = (x H)(W H)ᵀ.)
+    (QuaRot, arXiv 2404.00456: x Wᵀ = (x H)(W H)ᵀ.) `width` is K as a number, where a trace records `x.shape`.
     """
-    n = next(n for n in (64, 16, 4, 1) if x.shape[-1] % n == 0)
+    width = x.shape[-1] if width is None else width
+    n = next(n for n in (64, 16, 4, 1) if width % n == 0)
     limit = torch.finfo(x.dtype).max / n
     blocks = x.clamp(-limit, limit).unflatten(-1, (-1, n))
     return (blocks @ hadamard(n, x.device, x.dtype)).flatten(-2)
 
 
 def pad_to(q: Tensor, rows: int, cols: int) -> Tensor:
-    """`q` [r, c] of an 8-bit type with zero codes added below and to the right: [rows, cols]. No copy if it fits."""
+    """Pad `q` [r, c], of an 8-bit type or float32, with zeros below and to the right: [rows, cols]; no copy if it fits."""
     r, c = q.shape
     if (r, c) == (rows, cols):
         return q
+    if q.dtype == torch.float32:
+        return F.pad(q, (0, cols - c, 0, rows - r))
     return F.pad(q.view(torch.int8), (0, cols - c, 0, rows - r)).view(q.dtype)  # zero is the byte 0 in all of them
 
 
 def pad_weight(wq: Tensor) -> Tensor:
-    """`wq` [N, K] padded to multiples of `ALIGNMENT` both ways; itself where it already fits."""
+    """Pad `wq` [N, K] to multiples of `ALIGNMENT` both ways; return it as it is where it fits already."""
     n, k = wq.shape
     return pad_to(wq, n + -n % ALIGNMENT, k + -k % ALIGNMENT)
 
 
+@torch.library.custom_op("dax::cuda_int8_mm", mutates_args=())
+def cuda_int8_mm(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply as `torch._int_mm`, any number of rows: CUDA wants more than 16, and a branch on M would be a guard."""
+    m, k = x.shape
+    return torch._int_mm(pad_to(x, max(m, MIN_INT8_ROWS), k), w.t())[:m]
+
+
+@cuda_int8_mm.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.int32)
+
+
+def float_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `device` multiplies values of the 8-bit type `dtype` as the float32 numbers that they stand for.
+
+    Their products are exact in float32; sums of int8's are so up to K = 1040 (127² · 1040 < 2²⁴). Not in a trace:
+    TorchScript has no view(dtype).
+    """
+    fast = device.type == "cuda" or dtype == torch.int8 and CPU_HAS_INT8_DOT and device.type == "cpu"
+    return not fast and not torch.jit.is_tracing()
+
+
 def int8_mm(x: Tensor, w: Tensor) -> Tensor:
-    """int8 [M, K] times int8 [N, K] transposed → the exact int32 [M, N]."""
-    if x.is_cuda or CPU_HAS_INT8_DOT:
-        m, k = x.shape
-        return torch._int_mm(pad_to(x, max(m, MIN_INT8_ROWS), k), w.t())[:m]
-    # The same integers in float32, a stretch of K at a time that float32 sums exactly.
-    parts = zip(x.split(EXACT_FLOAT32_K, 1), w.split(EXACT_FLOAT32_K, 1))
-    return sum((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)
+    """Multiply int8 [M, K] by int8 [N, K] transposed → [M, N]: int32, or the same integers in float32."""
+    if x.dtype == torch.int8 and x.is_cuda and HAS_INT_MM:
+        return cuda_int8_mm(x, w)
+    if x.dtype == torch.int8 and x.device.type == "cpu" and CPU_HAS_INT8_DOT:
+        return torch._int_mm(x, w.t())
+    return x.float() @ w.float().t()
 
 
 def fp8_mm(x: Tensor, w: Tensor) -> Tensor:
-    """fp8 [M, K] times fp8 [N, K] transposed → float32 [M, N]."""
-    if x.is_cuda:
+    """Multiply fp8 [M, K] by fp8 [N, K] transposed → float32 [M, N]."""
+    if x.is_cuda and HAS_SCALED_MM:
         one = x.new_ones((1, 1), dtype=torch.float32)
         return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
-    # A product of two fp8 values is exact in float32. The upcast weights live for this call only: kept, they would
-    # take back four times the memory that fp8 saves.
+    # The upcast weights live for this call only: kept, they would take back four times the memory that fp8 saves.
     (x, x_unit), (w, w_unit) = fp8_to_float32(x), fp8_to_float32(w)
     return torch.addmm(x.new_zeros(()), x, w.t(), beta=0, alpha=x_unit * w_unit)
 
 
 def fp8_to_float32(q: Tensor) -> tuple[Tensor, float]:
-    """Finite fp8 codes as float32 values and the power of two that they still lack: q = values · unit, exactly.
+    """Return finite fp8 values, or such in float32, as float32 `values` and their power of two: q = values · unit.
 
     Both formats are float16 with bits left out: e5m2 is its upper byte; e4m3 has one exponent bit less, and a bias of
     7 instead of 15, hence the unit of 2⁸. On a CPU this is up to 13 times faster than `q.float()` (torch 2.13). Only
     e4m3's NaN is lost on the way (it reads as 480).
     """
+    if q.dtype == torch.float32:
+        return q, 1.0
     bits = q.view(torch.int8).to(torch.int16)
     if q.dtype == torch.float8_e5m2:
         return bits.bitwise_left_shift_(8).view(torch.float16).float(), 1.0
@@ -176,7 +248,7 @@ def fp8_to_float32(q: Tensor) -> tuple[Tensor, float]:
 
 
 def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` in one product with the scales [M or 1, 1], [N or 1, 1] and the bias [N] or None in its epilogue.
+    """Compute `linear` in one product with the scales [M or 1, 1], [N or 1, 1] and the bias [N] in its epilogue.
 
     It returns bfloat16, the one type for which every GPU and version of torch promises row-wise scales.
     """
@@ -190,13 +262,14 @@ def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: 
 
 
 def scaled_int8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` in one product, as `scaled_fp8_mm`, by the kernel of our own; K is a multiple of `kernels.BLOCK_K`."""
+    """Compute `linear` in one product, as `scaled_fp8_mm`, by a Triton kernel; K is a multiple of `kernels.BLOCK_K`."""
     x_scale = x_scale.expand(x.shape[0], 1).contiguous().view(-1)  # the kernel reads one scale a row, side by side
     w_scale = w_scale.expand(w.shape[0], 1).contiguous().view(-1)
     bias = x_scale.new_zeros(w.shape[0], dtype=torch.bfloat16) if bias is None else bias.to(torch.bfloat16)
     return kernels.int8_scaled_mm(x, w, x_scale, w_scale, bias)
 
 
+@no_autocast
 def linear(
     xq: Tensor,
     x_scale: Tensor,
@@ -206,30 +279,55 @@ def linear(
     out_dtype: torch.dtype = torch.float32,
     padded_wq: Tensor | None = None,
 ) -> Tensor:
-    """y = (xq · x_scale) @ (wq · w_scale)ᵀ + bias, multiplied in 8 bits, scaled and summed in float32.
+    """Return y = (xq · x_scale) @ (wq · w_scale)ᵀ + bias, multiplied in 8 bits, scaled and summed in float32.
 
     Args:
-        xq: [..., K] int8 with an int8 weight, float8_e4m3fn or float8_e5m2 with a float8_e4m3fn weight.
+        xq: [..., K] int8 with an int8 weight, float8_e4m3fn or float8_e5m2 with a float8_e4m3fn weight; or such
+            values in float32 (see `float_product`).
         x_scale: float32, one value, or one for each row: [..., 1].
         wq: [N, K]; any N and K.
         w_scale: float32, [1, 1] or [N, 1].
         bias: [N] or None.
         padded_wq: `pad_weight(wq)`, where the caller keeps it; otherwise it is made on each call.
 
-    Returns: [..., N] in `out_dtype`.
+    Returns:
+        [..., N] in `out_dtype`.
+
+    Raises:
+        RuntimeError: the widths of `xq` and `wq` differ.
     """
+    check_width(xq, wq)
     n = wq.shape[0]
-    w = pad_weight(wq) if padded_wq is None else padded_wq
-    x = xq.reshape(-1, xq.shape[-1]).contiguous()
-    x = pad_to(x, x.shape[0], w.shape[1])
-    x_scale = x_scale.reshape(-1, 1)
-    one_kernel = x.is_cuda and out_dtype == torch.bfloat16 and w.shape[0] == n
-    if one_kernel and x.dtype != torch.int8:
-        y = scaled_fp8_mm(x, x_scale, w, w_scale, bias)
-    elif one_kernel and kernels is not None and x.shape[1] % kernels.BLOCK_K == 0:
-        y = scaled_int8_mm(x, x_scale, w, w_scale, bias)
+    x, x_scale = xq.reshape(-1, xq.shape[-1]).contiguous(), x_scale.reshape(-1, 1)
+    if torch.jit.is_tracing():  # TorchScript knows neither view(dtype) nor padding of fp8
+        sums = x.float() @ wq.float().t()
     else:
-        y = int8_mm(x, w) if x.dtype == torch.int8 else fp8_mm(x, w)
-        y = y[:, :n].float().mul_(x_scale)
-        y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
+        w = pad_weight(wq) if padded_wq is None else padded_wq
+        x = pad_to(x, x.shape[0], w.shape[1])
+        if out_dtype == torch.bfloat16 and w.shape[0] == n and (scaled_mm := epilogue_mm(x)) is not None:
+            return scaled_mm(x, x_scale, w, w_scale, bias).view(*xq.shape[:-1], n)
+        sums = int8_mm(x, w) if w.dtype == torch.int8 else fp8_mm(x, w)
+    y = sums[:, :n].float().mul_(x_scale)
+    y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
     return y.to(out_dtype).view(*xq.shape[:-1], n)
+
+
+def epilogue_mm(x: Tensor) -> Callable[..., Tensor] | None:
+    """Return the product with the scales in its epilogue that takes `x` [M, K], or None where there is none."""
+    if not x.is_cuda:
+        return None
+    if x.dtype != torch.int8:
+        return scaled_fp8_mm if HAS_SCALED_MM else None
+    return scaled_int8_mm if kernels is not None and x.shape[1] % kernels.BLOCK_K == 0 else None
+
+
+def check_width(x: Tensor, weight: Tensor) -> None:
+    """Raises RuntimeError, in the words of `torch.nn.functional.linear`, if `x` [..., K] does not fit `weight` [N, K]."""
+    n, k = weight.shape
+    if torch.jit.is_tracing():  # there a shape is a recorded value, and a branch on it a warning
+        return
+    if x.dim() == 0:
+        raise RuntimeError("both arguments to linear need to be at least 1D, but they are 0D and 2D")
+    if x.shape[-1] != k:
+        rows = math.prod(x.shape[:-1])
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({rows}x{x.shape[-1]} and {k}x{n})")

@@ -1,9 +1,10 @@
 """How one layer is quantized. Names follow torch.ao.quantization where it has them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 
 from dax.quant.qscheme import QScheme, per_channel_symmetric, per_tensor_symmetric, per_token_symmetric
 
@@ -15,11 +16,11 @@ NAMES = {str(value).removeprefix("torch."): value for value in (*FP8, torch.int8
 
 @dataclass(frozen=True)
 class QConfig:
-    """Raises ValueError for a combination that has no product."""
+    """Type and scales of one layer's weight and activations. Raises ValueError for a combination that has no product."""
 
     dtype: torch.dtype = torch.float8_e4m3fn
     """Type of the stored weight: torch.float8_e4m3fn or torch.int8."""
-    activation_dtype: torch.dtype | None = None
+    activation_dtype: torch.dtype = None  # type: ignore[assignment]
     """Type of the activations, the weight's unless given; float8_e5m2 reaches further with one mantissa bit less."""
     weight_scheme: QScheme = per_channel_symmetric
     """per_tensor_symmetric or per_channel_symmetric."""
@@ -29,11 +30,8 @@ class QConfig:
     """False: activation scales come from each input. True: from calibration (fp8 per tensor; prepare, run, convert)."""
     rotation: bool = False
     """Quantize activations and weights in a rotated basis, where outliers are spread out: int8 gains, fp8 does not."""
-    process_group: ProcessGroup | None = None
-    """Ranks that each hold some rows of every activation: a dynamic per-tensor scale is then that of all their rows.
-    It belongs to a run, so that no file has it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.activation_dtype is None:
             object.__setattr__(self, "activation_dtype", self.dtype)
         if self.dtype not in (torch.float8_e4m3fn, torch.int8):
@@ -50,82 +48,95 @@ class QConfig:
             raise ValueError("QConfig: rotation is for dynamic quantization")
 
     def to_dict(self) -> dict[str, str | bool]:
-        """Every field but the process group, as a JSON or YAML file can hold it; `from_dict` reads it."""
+        """Return every field as a JSON or YAML file can hold it; `from_dict` reads it."""
         spelled = {value: name for name, value in NAMES.items()}
-        values = {field: getattr(self, field) for field in FIELDS}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {field: value if isinstance(value, bool) else spelled[value] for field, value in values.items()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, str | bool]) -> "QConfig":
-        """Some or all of the fields, the others at their defaults. Raises ValueError for a field or value unknown."""
-        for field, value in fields.items():
-            if field not in FIELDS:
-                raise ValueError(f"{field!r} is none of {', '.join(FIELDS)}")
+    def from_dict(cls, values: Mapping[str, str | bool]) -> "QConfig":
+        """Return a QConfig of some or all fields, the others at their defaults.
+
+        Raises ValueError for an unknown field or value.
+        """
+        known = [field.name for field in fields(cls)]
+        for field, value in values.items():
+            if field not in known:
+                raise ValueError(f"{field!r} is none of {', '.join(known)}")
             switch = field in ("static", "rotation")
-            if switch != isinstance(value, bool) or not switch and value not in NAMES:
+            if switch != isinstance(value, bool) or not switch and not (isinstance(value, str) and value in NAMES):
                 wanted = "true or false" if switch else f"one of {', '.join(NAMES)}"
                 raise ValueError(f"{field} is {value!r}: it must be {wanted}")
-        return cls(**{field: NAMES.get(value, value) for field, value in fields.items()})
+        arguments: dict[str, Any] = {field: NAMES.get(str(value), value) for field, value in values.items()}
+        return cls(**arguments)
 
 
-FIELDS = [field for field in QConfig.__dataclass_fields__ if field != "process_group"]
-"""What a file can say of a layer."""
-
-
-def get_default_dynamic_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
-    """fp8, one scale for each activation tensor and one for each weight."""
+def get_default_dynamic_fp8_qconfig(activation_dtype: torch.dtype = torch.float8_e4m3fn) -> QConfig:
+    """Return fp8 with one scale for each activation tensor and one for each weight."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_tensor_symmetric, per_tensor_symmetric)
 
 
-def get_dynamic_fp8_per_token_act_per_channel_weight_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
-    """fp8, a scale for each token and each output channel: nearest to full precision."""
+def get_dynamic_fp8_per_token_act_per_channel_weight_qconfig(
+    activation_dtype: torch.dtype = torch.float8_e4m3fn,
+) -> QConfig:
+    """Return fp8 with a scale for each token and each output channel: nearest to full precision."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_channel_symmetric, per_token_symmetric)
 
 
 def get_default_dynamic_int8_qconfig() -> QConfig:
-    """int8, one scale for each activation tensor and one for each weight."""
+    """Return int8 with one scale for each activation tensor and one for each weight."""
     return QConfig(torch.int8, torch.int8, per_tensor_symmetric, per_tensor_symmetric)
 
 
 def get_dynamic_int8_per_channel_weight_qconfig() -> QConfig:
-    """int8, one scale for each activation tensor, one for each output channel of a weight."""
+    """Return int8 with one scale for each activation tensor, one for each output channel of a weight."""
     return QConfig(torch.int8, torch.int8, per_channel_symmetric, per_tensor_symmetric)
 
 
 def get_dynamic_int8_per_token_act_per_channel_weight_qconfig() -> QConfig:
-    """int8, a scale for each token and each output channel: nearest to full precision."""
+    """Return int8 with a scale for each token and each output channel: nearest to full precision."""
     return QConfig(torch.int8, torch.int8, per_channel_symmetric, per_token_symmetric)
 
 
-def get_default_fp8_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
-    """Static fp8: a calibrated scale for each layer's activations, one scale for each weight."""
+def get_default_fp8_qconfig(activation_dtype: torch.dtype = torch.float8_e4m3fn) -> QConfig:
+    """Return static fp8: a calibrated scale for each layer's activations, one scale for each weight."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_tensor_symmetric, per_tensor_symmetric, static=True)
 
 
-def get_fp8_per_channel_weight_qconfig(activation_dtype=torch.float8_e4m3fn) -> QConfig:
-    """Static fp8: a calibrated scale for each layer's activations, one for each output channel of a weight."""
+def get_fp8_per_channel_weight_qconfig(activation_dtype: torch.dtype = torch.float8_e4m3fn) -> QConfig:
+    """Return static fp8: a calibrated scale for each layer's activations, one for each output channel of a weight."""
     return QConfig(torch.float8_e4m3fn, activation_dtype, per_channel_symmetric, per_tensor_symmetric, static=True)
 
 
 SHORT = {"fp8": QConfig(torch.float8_e4m3fn), "int8": QConfig(torch.int8)}
 """What a file may say in one word: a scale for each token and each output channel."""
 
+METADATA = "__metadata__"
+"""In a file, the key of what is about the file itself, not about a module (as in a safetensors header)."""
 
-def read_qconfig_dict(content) -> dict[str, QConfig | None]:
-    """The `qconfig_dict` that a JSON or YAML file holds: module name → null, `fp8`, `int8`, or the fields of a QConfig.
+
+def read_qconfig_dict(content: object) -> dict[str, QConfig | None]:
+    """Return the `qconfig_dict` of a JSON or YAML file: module name → null, `fp8`, `int8`, or the fields of a QConfig.
 
     Raises ValueError, naming the module, for anything else.
     """
-    if not isinstance(content, dict) or not content:
+    entries = {name: value for name, value in content.items() if name != METADATA} if isinstance(content, dict) else {}
+    if not entries:
         raise ValueError("it must map module names to null, fp8, int8 or the fields of a QConfig")
-    result = {}
-    for name, value in content.items():
-        try:
-            if not isinstance(name, str):
-                raise ValueError("the name of a module is text (quote it)")
-            if value is not None and not isinstance(value, dict) and value not in SHORT:
-                raise ValueError(f"{value!r} is not null, fp8, int8 or the fields of a QConfig")
-            result[name] = QConfig.from_dict(value) if isinstance(value, dict) else value and SHORT[value]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name!r}: {error}") from None
-    return result
+    return {name: read_entry(name, value) for name, value in entries.items()}
+
+
+def read_entry(name: object, value: object) -> QConfig | None:
+    """Return what a file says of the module `name`. Raises ValueError, naming it, for what it cannot say."""
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r}: the name of a module is text (quote it)")
+    if value is None:
+        return None
+    try:
+        if isinstance(value, dict):
+            return QConfig.from_dict(value)
+        if isinstance(value, str) and value in SHORT:
+            return SHORT[value]
+        raise ValueError(f"{value!r} is not null, fp8, int8 or the fields of a QConfig")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r}: {error}") from None
