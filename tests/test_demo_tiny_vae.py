@@ -9,7 +9,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 import tiny_vae
 from inferix.models.tiny_vae import TinyVAE
-from inferix.models.vae import StreamingDecoder, WanVAE
+from inferix.models.vae import WanVAE
 from world import SIZE
 
 WEIGHTS = ROOT / "weights/demo"
@@ -28,7 +28,7 @@ def tiny() -> TinyVAE:
 
 
 def in_blocks(vae: TinyVAE, latents: torch.Tensor) -> torch.Tensor:
-    decode = StreamingDecoder(vae)
+    decode = vae.streaming_decoder()
     return torch.cat([decode(block) for block in latents.split(3, dim=1)], dim=1)
 
 

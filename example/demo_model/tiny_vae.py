@@ -4,7 +4,7 @@
 
 The decoder learns the pixels that the VAE makes of latents, of drawn videos and of generated ones; the encoder learns the
 latents. Both are trained on windows of the frame near the object, coded by the VAE as if they were all of it: there is
-more to see in them, and inside of them the VAE's pixels are the same to 40 dB and more.
+more to see in them, and inside of them the VAE's pixels are the same to 38 dB and more.
 """
 
 from __future__ import annotations

@@ -203,25 +203,6 @@ class FusedMemoryBlock(nn.Module):
         add_bias_relu(rows(frames[:, 1:]), rows(x), self.bias3, rows(out))
 
 
-def fold_upsample(grow: TemporalGrow, conv: nn.Conv2d) -> Tensor:
-    """Return the weights [2*2*n*C', C, 2, 2] of the one convolution that ``FusedStage`` ends with."""
-    # fold[a, p, k] = 1 where row k of the 3x3 kernel falls on input row p of the two that output row a sees
-    fold = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-    grow_weight = grow.conv.weight.flatten(1).unflatten(0, (grow.num, -1))  # [n, C, C]
-    return torch.einsum("apk,bql,omkl,nmc->abnocpq", fold, fold, conv.weight, grow_weight).flatten(0, 3)
-
-
-def fold_head(conv: nn.Conv2d) -> Tensor:
-    """Return the weights [2*2*3, 2*2*C, 2, 2] of the convolution of ``FusedHead``."""
-    # fold[a, p, g, k] = 1 where row k of the 3x3 kernel for output row a falls on row g of input group p
-    fold = torch.zeros(2, 2, 2, 3)
-    for a in range(2):
-        for k in range(3):
-            p, g = divmod(a + k, 2)
-            fold[a, p, 1 - g, k] = 1
-    return torch.einsum("apgk,bqhl,ockl->aboghcpq", fold, fold, conv.weight).flatten(3, 5).flatten(0, 2)
-
-
 class FusedStage(nn.Module):
     """Three memory blocks, and what makes their frames larger and more.
 
@@ -234,7 +215,11 @@ class FusedStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(FusedMemoryBlock(block) for block in blocks)
         self.out = (grow.num, conv.out_channels)
-        self.weight = channels_last(fold_upsample(grow, conv))
+        # fold[a, p, k] = 1 where row k of the 3x3 kernel falls on input row p of the two that output row a sees
+        fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
+        grow_weight = grow.conv.weight.flatten(1).unflatten(0, (grow.num, -1))  # [n, C, C]
+        weight = torch.einsum("apk,bql,omkl,nmc->abnocpq", fold, fold, conv.weight, grow_weight)
+        self.weight = channels_last(weight.flatten(0, 3))  # [2*2*n*C', C, 2, 2]
 
     def forward(self, frames: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, 1+T, H, W, C] to [B, T, H+1, W+1, 2, 2, n, C'].
@@ -274,8 +259,15 @@ class FusedHead(nn.Module):
 
     def __init__(self, conv: Any):
         super().__init__()
-        weight = F.pad(fold_head(conv), (0, 0) * 3 + (0, 4))  # tensor cores want a multiple of eight channels
-        self.weight = channels_last(weight)
+        # fold[a, p, g, k] = 1 where row k of the 3x3 kernel for output row a falls on row g of input group p
+        fold = torch.zeros(2, 2, 2, 3)
+        for a in range(2):
+            for k in range(3):
+                p, g = divmod(a + k, 2)
+                fold[a, p, 1 - g, k] = 1
+        weight = torch.einsum("apgk,bqhl,ockl->aboghcpq", fold, fold, conv.weight).flatten(3, 5).flatten(0, 2)
+        weight = F.pad(weight, (0, 0) * 3 + (0, 4))  # sixteen channels: tensor cores want a multiple of eight
+        self.weight = channels_last(weight)  # [2*2*3 and 4, 2*2*C, 2, 2]
         self.bias = frozen(conv.bias)
 
     def forward(self, groups: Tensor, skip: int) -> Tensor:
