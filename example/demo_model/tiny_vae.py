@@ -1,10 +1,11 @@
-"""Distils the embedded model's tiny VAE from its VAE, on one CPU core, and writes it next to that.
+"""Distil the embedded model's tiny VAE from its VAE, and write it next to that; see README.md.
 
     python example/demo_model/tiny_vae.py
 
 The decoder learns the pixels that the VAE makes of latents, of drawn videos and of generated ones; the encoder learns the
-latents. Both are trained on windows of the frame near the object, coded by the VAE as if they were all of it: there is
-more to see in them, and inside of them the VAE's pixels are the same to 38 dB and more.
+latents. Drawn videos are windows of the frame near the object, coded by the VAE as if they were all of it: there is more to
+see in them, and inside of them the VAE's pixels are the same to 38 dB and more. The file is written now and then while the
+training runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,49 +24,30 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from export import BASE, SELF_FORCING  # noqa: E402
-from inferix import SelfForcingPipeline  # noqa: E402
-from inferix.models.tiny_vae import TAEHV, MemoryBlock, TinyVAE  # noqa: E402
-from inferix.models.vae import WanVAE  # noqa: E402
+from export import BASE  # noqa: E402
+from inferix.models.tiny_vae import TAEHV, MemoryBlock  # noqa: E402
+from pretrained import DemoModel  # noqa: E402
 from vae import random_clips  # noqa: E402
 from world import SCENES, SIZE  # noqa: E402
 
-ENCODER_WIDTH, DECODER_WIDTHS = 8, (48, 32, 8, 8)
-WINDOW = 8  # latent pixels
-CPU = torch.device("cpu")
+ENCODER_WIDTH, DECODER_WIDTHS = 8, (48, 32, 16, 16)
+WINDOW = 64  # pixels
 Clips = tuple[Tensor, Tensor]
 """Latents [N, F, 16, h, w], normalised, and what the VAE decodes them to, pixels [N, T, 3, 8h, 8w]."""
 
 
-@torch.no_grad()
-def drawn_clips(vae: WanVAE, count: int, frames: int, window: int = 8 * WINDOW) -> Clips:
+def drawn_clips(demo: DemoModel, count: int, frames: int, window: int = WINDOW) -> Clips:
     """Draw random scenes' videos, in windows, and send each through the VAE, there and back."""
-    latents = [vae.encode(random_clips(1, frames, CPU, window)[0] * 2 - 1) for _ in range(count)]
-    return torch.cat(latents), torch.cat([vae.decode(clip) for clip in latents])
+    parts = [min(32, count - done) for done in range(0, count, 32)]
+    latents = torch.cat([demo.encode(random_clips(part, frames, demo.device, window)[0]) for part in parts])
+    return latents, demo.decode(latents)
 
 
-@torch.no_grad()
-def generated_latents(weights: Path, prompts: list[str], num_latents: int, seed: int) -> Tensor:
-    """Generate the prompts' videos as latents [N, F, 16, h, w]."""
-    config = ROOT / "example/self_forcing/configs/self_forcing_demo.yaml"
-    pipeline = SelfForcingPipeline(config, wan_base_model_path=weights / BASE, device="cpu", dtype=torch.float32)
-    pipeline.load_checkpoint(weights / SELF_FORCING)
-    pipeline.setup_devices()
-    engine, generator, videos = pipeline.pipeline, torch.Generator().manual_seed(seed), []
-    for prompt in prompts:
-        noise = torch.randn(1, num_latents, 16, SIZE // 8, SIZE // 8, generator=generator)
-        videos += [torch.cat(list(engine.denoise(noise, engine.text_encoder([prompt]), None, generator)), dim=1)]
-    return torch.cat(videos)
-
-
-@torch.no_grad()
-def decoded_windows(vae: WanVAE, latents: Tensor, count: int) -> Clips:
-    """Cut ``count`` random windows out of every video's latents, and decode them."""
-    cut = []
-    for clip in latents.repeat_interleave(count, dim=0):
-        top, left = torch.randint(SIZE // 8 - WINDOW + 1, (2,)).tolist()
-        cut.append(clip[None, :, :, top : top + WINDOW, left : left + WINDOW])
-    return torch.cat(cut), torch.cat([vae.decode(window) for window in cut])
+def generated_clips(demo: DemoModel, count: int, num_frames: int, seed: int) -> Clips:
+    """Generate random prompts' videos, and decode them."""
+    chosen = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(seed))[:count]
+    latents = demo.generate([SCENES[i].prompt for i in chosen.tolist()], num_frames, seed)
+    return latents, demo.decode(latents)
 
 
 @torch.no_grad()
@@ -118,37 +101,56 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonalized(weight.grad.lerp(average, group["momentum"]).flatten(1))
-                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                updates = torch.stack([self.update(weight, group["momentum"]) for weight in weights])
+                scale = max(1, updates.shape[1] / updates.shape[2]) ** 0.5
+                for weight, update in zip(weights, orthogonalized(updates)):
+                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+
+    def update(self, weight: Tensor, momentum: float) -> Tensor:
+        """Return the direction of Nesterov's momentum, [C', C*k*k]."""
+        average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+        average.lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(average, momentum).flatten(1)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, roughly: five Newton-Schulz steps."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalized(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Return the nearest matrices [N, r, c] with orthonormal rows or columns, roughly: five Newton-Schulz steps."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalized(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x
 
 
-def fit(network: nn.Module, steps: int, rates: tuple[float, float], loss_of: Callable[[int], Tensor]) -> None:
-    """Minimise ``loss_of(step)`` and leave in the parameters their moving average.
+def fit(
+    network: nn.Module,
+    steps: int,
+    seconds: float,
+    rates: tuple[float, float],
+    loss_of: Callable[[int], Tensor],
+    save: Callable[[], None],
+) -> None:
+    """Minimise ``loss_of(step)`` and leave the parameters' moving average in them, in at most ``steps`` and ``seconds``.
 
-    ``rates`` are the learning rates of weights (Muon) and of biases (AdamW).
+    ``rates`` are the learning rates of weights (Muon) and of biases (AdamW). ``save`` is called a few times in between,
+    and once at the end.
     """
     parameters, start = list(network.parameters()), time.perf_counter()
     weights, biases = ([p for p in parameters if (p.ndim == 4) == is_weight] for is_weight in (True, False))
     optimizers = [Muon(weights, rates[0]), torch.optim.AdamW(biases, rates[1], betas=(0.9, 0.98), weight_decay=0)]
-    decay = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, (i + 1) / 20, (steps - i) / (0.6 * steps)))
-        for o in optimizers
-    ]
+
+    def rate(step: int) -> float:
+        """Return the share of the learning rate; the last 0.6 of the training it falls to zero."""
+        progress = max(step / steps, (time.perf_counter() - start) / seconds)
+        return max(0, min(1, (step + 1) / 20, (1 - progress) / 0.6))
+
+    decay = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     averages = [parameter.detach().clone() for parameter in parameters]
     for step in range(steps):
         loss = loss_of(step)
@@ -161,8 +163,13 @@ def fit(network: nn.Module, steps: int, rates: tuple[float, float], loss_of: Cal
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(0.98, (step + 1) / (step + 10)))
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             print(f"  {step:5d}/{steps}  loss {loss.item():.5f}  {time.perf_counter() - start:.0f} s", flush=True)
+        if step % max(1, steps // 5) == 0:
+            save()
+        if time.perf_counter() - start > seconds:
+            break
     for parameter, average in zip(parameters, averages):
         parameter.data.copy_(average)
+    save()
 
 
 def error(actual: Tensor, wanted: Tensor) -> Tensor:
@@ -171,12 +178,13 @@ def error(actual: Tensor, wanted: Tensor) -> Tensor:
     return difference.abs().mean() + 4 * difference.square().mean()
 
 
-def distil(model: TAEHV, clips: list[Clips], decoder_steps: int, encoder_steps: int) -> None:
+def distil(model: TAEHV, clips: list[Clips], args: argparse.Namespace) -> None:
     """Train the decoder on the pixels of all ``clips``, a set a step, and the encoder on the latents of the first set."""
 
     def batch(step: int) -> Clips:
         latents, pixels = clips[step % len(clips)]
-        chosen = torch.randint(len(latents), (max(1, 12 // latents.shape[1]),))
+        frame = latents.shape[1] * latents.shape[-1] * latents.shape[-2] / (WINDOW // 8) ** 2
+        chosen = torch.randint(len(latents), (max(1, int(args.batch / frame)),))
         return latents[chosen], pixels[chosen]
 
     def decoder_loss(step: int) -> Tensor:
@@ -188,11 +196,15 @@ def distil(model: TAEHV, clips: list[Clips], decoder_steps: int, encoder_steps: 
         # a latent's four frames are then the ones that the decoder makes of it
         return error(model.encode(torch.cat([pixels[:, :1].expand(-1, 3, -1, -1, -1), pixels], dim=1)), latents)
 
-    initialize(model, *clips[0])
+    def save() -> None:
+        state = {name: weight.detach().half().cpu().contiguous() for name, weight in model.state_dict().items()}
+        torch.save(state, args.output)
+
+    rates = (0.006, 0.002)
     print("decoder", flush=True)
-    fit(model.decoder, decoder_steps, (0.006, 0.002), decoder_loss)
+    fit(model.decoder, args.decoder_steps, args.seconds, rates, decoder_loss, save)
     print("encoder", flush=True)
-    fit(model.encoder, encoder_steps, (0.006, 0.002), encoder_loss)
+    fit(model.encoder, args.encoder_steps, args.seconds / 8, rates, encoder_loss, save)
 
 
 def psnr(actual: Tensor, wanted: Tensor) -> float:
@@ -200,35 +212,50 @@ def psnr(actual: Tensor, wanted: Tensor) -> float:
     return -10 * torch.log10((actual - wanted).square().mean()).item()
 
 
+@torch.no_grad()
+def report(model: TAEHV, clips: Clips, title: str, picture: Path) -> None:
+    """Print how near the tiny VAE comes to the VAE, and show some frames of both."""
+    latents, pixels = clips
+    decoded = torch.cat([model.decode(clip).clamp(0, 1) for clip in latents.split(8)])
+    apart = sorted(psnr(video, wanted) for video, wanted in zip(decoded, pixels))
+    print(f"{title}: {psnr(decoded, pixels):.1f} dB to the VAE's pixels, {apart[0]:.1f} to {apart[-1]:.1f}", flush=True)
+    rows = torch.stack([pixels[:8, ::4], decoded[:8, ::4]], dim=1).flatten(0, 1)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(picture, (rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) * 255).byte().cpu().numpy())
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--drawn", type=int, default=256, help="drawn videos of 9 frames, and an eighth of 17")
-    parser.add_argument("--generated", type=int, default=8, help="generated videos")
-    parser.add_argument("--decoder_steps", type=int, default=1200)
+    parser.add_argument("--drawn", type=int, default=1024, help="drawn videos of 9 frames, and an eighth of 17")
+    parser.add_argument("--generated", type=int, default=48, help="generated videos")
+    parser.add_argument("--decoder_steps", type=int, default=2000)
     parser.add_argument("--encoder_steps", type=int, default=200)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop the decoder's training after this time"
+    )
+    parser.add_argument("--batch", type=int, default=48, help="latent frames of a step, of a window's size")
+    parser.add_argument("--samples", type=int, default=8, help="new videos to try it on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/demo", help="the embedded model")
     parser.add_argument("--output", type=Path, help="default: taew2_1.pth next to the VAE")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    args.output = args.output or args.weights / BASE / "taew2_1.pth"
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    vae = WanVAE.from_file(args.weights / BASE / "Wan2.1_VAE.pth").to(CPU, torch.float32)
-    prompts = [SCENES[i].prompt for i in torch.randperm(len(SCENES))[: args.generated].tolist()]
+    demo = DemoModel(args.weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clips = [
-        drawn_clips(vae, args.drawn, 9),
-        drawn_clips(vae, max(1, args.drawn // 8), 17),
-        decoded_windows(vae, generated_latents(args.weights, prompts, 9, args.seed), 5),
+        drawn_clips(demo, args.drawn, 9),
+        drawn_clips(demo, max(1, args.drawn // 8), 17),
+        generated_clips(demo, args.generated, 9, args.seed),
     ]
     print(f"clips: {time.perf_counter() - start:.0f} s", flush=True)
-    model = TAEHV(ENCODER_WIDTH, DECODER_WIDTHS).to(memory_format=torch.channels_last)
-    distil(model, clips, args.decoder_steps, args.encoder_steps)
-    path = args.output or args.weights / BASE / "taew2_1.pth"
-    torch.save({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, path)
-    tiny = TinyVAE.from_file(path).to(CPU, torch.float32)
-    latents, pixels = drawn_clips(vae, 8, 17, window=SIZE)
-    print(f"{path}: {path.stat().st_size} bytes, {time.perf_counter() - start:.0f} s in all")
-    print(f"to the VAE's pixels of new videos: {psnr(tiny.decode(latents), pixels):.1f} dB")
+    model = TAEHV(ENCODER_WIDTH, DECODER_WIDTHS)
+    initialize(model, *(tensor[:64].cpu() for tensor in clips[0]))
+    distil(model.to(demo.device, memory_format=torch.channels_last), clips, args)
+    print(f"{args.output}: {args.output.stat().st_size} bytes, {time.perf_counter() - start:.0f} s in all")
+    samples = ROOT / "outputs/demo_model"
+    report(model, drawn_clips(demo, args.samples, 17, SIZE), "drawn videos", samples / "tiny_vae_drawn.png")
+    report(model, generated_clips(demo, args.samples, 9, args.seed + 1), "generated videos", samples / "tiny_vae.png")
 
 
 if __name__ == "__main__":
