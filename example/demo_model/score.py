@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from world import BACKGROUNDS, COLORS, DIRECTIONS, LORA_SHAPES, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
+from world import ALL_COLORS, BACKGROUNDS, COLORS, DIRECTIONS, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,15 +28,15 @@ QUANTS = ("none", "fp8", "int8")
 CRITERIA = ("colour", "shape", "direction", "background")
 ENOUGH = 0.9  # share of the frames that must show the right thing
 MIN_OVERLAP = 0.8  # intersection over union of what is seen and the shape where it is seen
-ALL_SHAPES = SHAPES + LORA_SHAPES
 PALETTE = torch.tensor([*COLORS.values(), *BACKGROUNDS.values()])
 
 
 def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is seen in each frame of a video [T, 3, H, W].
 
-    Returns the index of the object's colour [T], that of the background [T], and the object's pixels [T, H, W]: those
-    nearer to the object's colour, or to any other that is not the background's, than to the background's.
+    Returns the object's colour as an index of ``PALETTE`` [T], the index of the background [T], and the object's pixels
+    [T, H, W]: those nearer to the object's colour, or to any other that is not the background's, than to the
+    background's.
     """
     pixels = video.float().permute(0, 2, 3, 1).flatten(1, 2)  # [T, H*W, 3]
     distance = torch.cdist(pixels, PALETTE.to(video.device).expand(len(pixels), -1, -1))
@@ -44,7 +44,8 @@ def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     background = counts[:, len(COLORS) :].argmax(-1)
     is_object = distance.argmin(-1) != len(COLORS) + background[:, None]
     inside = torch.where(is_object[..., None], pixels, torch.nan).nanmedian(dim=1).values  # [T, 3]
-    color = torch.cdist(inside.nan_to_num(-1), PALETTE[: len(COLORS)].to(video.device)).argmin(-1)
+    to_inside = torch.cdist(inside.nan_to_num(-1), PALETTE.to(video.device))
+    color = to_inside.scatter(1, len(COLORS) + background[:, None], torch.inf).argmin(-1)
     # an antialiased edge pixel is half one, half the other: cut half way
     foreground, behind = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(COLORS) + background]
     axis = foreground - behind
@@ -68,7 +69,7 @@ def overlaps(mask: Tensor, center: Tensor) -> Tensor:
     Anything else in the frame, a second object say, counts against it.
     """
     result = []
-    for shape in ALL_SHAPES:
+    for shape in SHAPES:
         template = coverage(shape, torch.full((1, 2), SIZE / 2, device=mask.device)) > 0.5
         template = coverage(shape, center + SIZE / 2 - centroids(template)) > 0.5
         both, either = (template & mask).sum((1, 2)), (template | mask).sum((1, 2))
@@ -89,6 +90,7 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
     overlap = overlaps(mask, center)
     moved, (dx, dy) = travel(center), DIRECTIONS[scene.direction]
     expected = SPEED * (len(video) - 1)
+    wanted = torch.cdist(torch.tensor([ALL_COLORS[scene.color]]), PALETTE).argmin()
     along, across = (moved[0] * dx + moved[1] * dy).item(), (moved[0] * dy + moved[1] * dx).abs().item()
     seen = overlap.amax(1) >= MIN_OVERLAP  # exactly one known shape, of the right size
 
@@ -96,8 +98,8 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
         return right.float().mean().item() >= ENOUGH
 
     return {
-        "colour": often(seen & (color == list(COLORS).index(scene.color))),
-        "shape": often(seen & (overlap.argmax(1) == ALL_SHAPES.index(scene.shape))),
+        "colour": often(seen & (color == wanted.item())),
+        "shape": often(seen & (overlap.argmax(1) == SHAPES.index(scene.shape))),
         "direction": often(seen) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),
     }
