@@ -84,11 +84,11 @@ def to_pixels(taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """[B, T, H, W, C] as [B, N, C]; where ``like`` is a slice in height of a larger tensor, as [B, T, N, C].
+    """[B, T, H, W, C] as [B, N, C]; where ``like`` is a slice in height of several frames, as [B, T, N, C].
 
     A slice in time, or ``like`` itself, stays a view of the larger tensor.
     """
-    sliced = like is not None and like.stride(1) > like.shape[2] * like.stride(2)
+    sliced = like is not None and like.shape[1] > 1 and like.stride(1) > like.shape[2] * like.stride(2)
     return x.flatten(2 if sliced else 1, 3)
 
 
