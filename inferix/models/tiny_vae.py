@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, load_strict
 from inferix.errors import InputError
+from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import VAE
-from inferix.models.vae_decoder import FeatCache, compiled_on_gpu, conv3d, frozen, rows
+from inferix.models.vae_decoder import compiled_on_gpu, conv3d, frozen, rows
 
 FRAMES_PER_LATENT = 4
 LATENT_CHANNELS = 16

@@ -31,7 +31,8 @@ from inferix.runtime.cuda_graphs import signature
 class CausalInferencePipeline:
     """Text encoder, few-step causal generator and VAE.
 
-    On several ranks the main process has all of them and is called; the others have the generator and run ``worker_loop``.
+    On several ranks the main process has all of them and is called; the others have the generator and the VAE's decoder
+    and run ``worker_loop``.
     """
 
     def __init__(
@@ -50,10 +51,15 @@ class CausalInferencePipeline:
         check_sizes(parallel, self.generator.model.config.num_heads, height * width // 4)
         self.context_parallel = ContextParallel(parallel, device) if parallel.world_size > 1 else None
         self.generator.model.context_parallel = self.context_parallel
-        self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
-        # None on the other ranks, which have no use for them
-        self.vae: VAE = base.vae() if self.is_main_process else None  # type: ignore[assignment]
+        # None on the other ranks, which have no use for them; so is a VAE that is not shared
+        self.vae: VAE = base.vae()
+        if self.context_parallel is not None:
+            if self.vae.can_share:
+                self.vae.share(self.context_parallel)
+            elif not self.is_main_process:
+                self.vae = None  # type: ignore[assignment]
+        self.workers = Workers(self.context_parallel, device, dtype, self.vae)
         self.text_encoder: TextEncoder = base.text_encoder() if self.is_main_process else None  # type: ignore[assignment]
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"

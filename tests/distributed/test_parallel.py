@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import imageio.v3 as iio
 import psutil
 import pytest
 import ranks
@@ -103,6 +104,17 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
         assert_plays_in_a_browser(path, 9)
     assert result.stdout.count("seconds ") == 1 and result.stdout.count("file written") == 2  # one process speaks
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+
+
+def test_script_writes_the_frames_that_one_process_writes(self_forcing_env, tmp_path):  # noqa: F811
+    videos = []
+    for nproc in ("1", "2"):
+        env = self_forcing_env | {"NPROC": nproc, "NO_QUANTIZE": "1", "OUTPUT_FOLDER": nproc, "NUM_OUTPUT_FRAMES": "6"}
+        assert run("self_forcing_quantized.sh", env, tmp_path).returncode == 0
+        (path,) = (tmp_path / nproc).iterdir()
+        videos.append(iio.imread(path, plugin="FFMPEG").astype(int))
+    assert videos[0].shape == (21, 64, 96, 3) and videos[0].std() > 10
+    assert abs(videos[0] - videos[1]).mean() < 0.5  # of 255; sums in another order, through a lossy encoder
 
 
 @pytest.mark.parametrize(
