@@ -1,6 +1,7 @@
 """What several test files use: the golden data, and pipelines loaded from it."""
 
 import os
+import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from inferix import CausVidPipeline, SelfForcingPipeline
+from inferix.cli.figures import relative_error_and_gain as relative_error  # noqa: F401  for the tests
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "example/quantization"))  # the modules that the runners share
 GOLDEN = ROOT / "tests/golden"
 BASE = GOLDEN / "Wan2.1-T2V-tiny"
 SELF_FORCING = GOLDEN / "self_forcing/checkpoints/self_forcing_dmd.pt"
@@ -36,6 +39,14 @@ def small_config(name: str, folder: Path, **changes: str) -> Path:
     path = folder / f"{Path(name).name}.yaml"
     path.write_text("\n".join(kept + [f"{key}: {value}" for key, value in changes.items()]))
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from inferix.models.attention import attention
-from inferix.models.kv_cache import KVCache
-from inferix.models.transformer import CausalWanTransformer, TransformerConfig
-from inferix.scheduler import FlowMatchScheduler
+from inferix.models.causal_attention import QKVBuffers
+from inferix.models.config import TransformerConfig
+from inferix.models.kv_cache import KVCache, WindowConfig
+from inferix.models.scheduler import DenoisingStep, FlowMatchScheduler
+from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from text import TEXT_LEN
 from vae import half_precision
 
@@ -20,8 +22,8 @@ CONFIG = TransformerConfig(
     dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=TEXT_LEN, num_heads=4, num_layers=6
 )
 SCHEDULES = {
-    "self_forcing": FlowMatchScheduler(5.0, [1000, 750, 500, 250], warp=True),
-    "causvid": FlowMatchScheduler(8.0, [1000, 757, 522], warp=False),
+    "self_forcing": FlowMatchScheduler(5.0).steps([1000, 750, 500, 250], warp=True),
+    "causvid": FlowMatchScheduler(8.0).steps([1000, 757, 522], warp=False),
 }
 NUM_FRAMES = 21
 BLOCK = 3  # latent frames
@@ -58,25 +60,24 @@ def attention_dtype(device: torch.device) -> torch.dtype:
 
 
 class TeacherForcing:
-    """Takes the place of the KV cache where all blocks are trained at once on [clean frames | noisy frames].
+    """Self-attention over [clean frames | noisy frames], in the place of ``CausalSelfAttention``: all blocks at once.
 
-    A clean block sees the clean frames up to itself; a noisy block sees the clean frames before it, and itself. Every
-    block has an attention of its own: one masked attention would work on all pairs, of which more than half are unseen.
+    A clean block sees the clean frames up to itself; a noisy block sees the clean frames before it, and itself. Every block
+    has an attention of its own: one masked attention would compute all pairs, of which more than half are not seen.
     """
 
-    def __init__(self, text: list[tuple[Tensor, Tensor]], blocks: tuple[tuple[int, int], ...], tokens_per_frame: int):
-        self.text = text
+    def __init__(self, blocks: tuple[tuple[int, int], ...], tokens_per_frame: int, device: torch.device):
         self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
+        self.device = device
 
-    def room(self, layer: int) -> list[Tensor]:
-        """Where this layer's queries, keys and values [B, T, H, d] go: new memory, since gradients flow through."""
-        batch, _, heads, head_dim = self.text[layer][0].shape
-        device, shape = self.text[layer][0].device, (batch, 2 * self.blocks[-1][1], heads, head_dim)
-        self.new = [torch.empty(shape, device=device, dtype=attention_dtype(device)) for _ in range(3)]
-        return self.new
+    def qkv_buffers(self, shape: tuple[int, int, int, int]) -> QKVBuffers:
+        """Return new memory for queries, keys and values of ``shape`` [B, T, H, d], since gradients flow through it."""
+        dtype = attention_dtype(self.device)
+        return QKVBuffers(*(torch.empty(shape, device=self.device, dtype=dtype) for _ in range(3)), None)
 
-    def attend(self, layer: int) -> Tensor:
-        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, dim=1) for x in self.new)
+    @torch.compiler.disable
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, _) -> Tensor:
+        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, dim=1) for x in (query, key, value))
         clean = [attention(clean_q[:, s:e], clean_k[:, :e], clean_v[:, :e]) for s, e in self.blocks]
         noisy = [
             attention(
@@ -87,6 +88,29 @@ class TeacherForcing:
             for s, e in self.blocks
         ]
         return torch.cat([*clean, *noisy], 1)
+
+
+def teacher_forced_flow(
+    model: CausalWanTransformer,
+    latents: Tensor,
+    timestep: Tensor,
+    rotary_emb: RotaryEmb,
+    text: Tensor,
+    blocks: tuple[tuple[int, int], ...],
+) -> Tensor:
+    """Return the flow [B, 2F, 16, h, w] of latents [B, 2F, 16, h, w], the clean frames and then the noisy ones.
+
+    The same as the model's ``forward``, with another self-attention.
+    """
+    embedding, temb = model.condition_embedder.embed_time(timestep)
+    hidden_states = model.patchify(latents)
+    batch, frames, tokens, _ = hidden_states.shape
+    shape = (batch, frames * tokens, model.config.num_heads, model.config.head_dim)
+    self_attention = TeacherForcing(blocks, tokens, latents.device)
+    for block, encoder_kv in zip(model.blocks, model.embed_text(text)):
+        buffers = self_attention.qkv_buffers(shape)
+        hidden_states = block(hidden_states, temb, rotary_emb, encoder_kv, self_attention, buffers)
+    return model.unpatchify(model.project_out(hidden_states, embedding), latents)
 
 
 def x0_error(
@@ -111,11 +135,11 @@ def x0_error(
         given: frames at the start that are not generated.
     """
     frames, (height, width) = x0.shape[1], x0.shape[-2:]
-    rope = model.rope(torch.arange(frames, device=x0.device).repeat(2), height, width)
+    rotary_emb = model.rotary_emb([*range(frames)] * 2, height, width)
     timestep = torch.cat([torch.zeros_like(level[0]), level[0]], 1)
     with half_precision(x0.device):
-        cache = TeacherForcing(model.embed_text(text), blocks, height * width // 4)
-        flow = model(torch.cat([context, noisy], 1), timestep, rope, cache)[:, frames:]
+        both = torch.cat([context, noisy], 1)
+        flow = teacher_forced_flow(model, both, timestep, rotary_emb, text, blocks)[:, frames:]
     sigma = level[1, :, :, None, None, None]
     return (noisy - sigma * flow.float() - x0)[:, given:].square().mean()
 
@@ -127,7 +151,7 @@ def per_frame(blocks: tuple[tuple[int, int], ...], level: Tensor) -> Tensor:
 
 def random_levels(batch: int, blocks: int, device: torch.device) -> Tensor:
     """Timestep and sigma of every block, [2, B, blocks]: half of them the few steps of the samplers, half in between."""
-    steps = [(t, s) for x in SCHEDULES.values() for t, s in zip(x.denoising_timesteps, x.denoising_sigmas)]
+    steps = [step for schedule in SCHEDULES.values() for step in schedule]
     few = torch.tensor(steps, device=device).T[:, torch.randint(len(steps), (batch, blocks), device=device)]
     uniform = torch.rand(batch, blocks, device=device)
     sigma = 5 * uniform / (1 + 4 * uniform)
@@ -200,37 +224,41 @@ def turning_batch(world: World, size: int) -> Batch:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for its many shapes
 def rollout(
-    model: CausalWanTransformer, text: Tensor, schedule: FlowMatchScheduler, noise: Tensor, given: Tensor, blocks
+    model: CausalWanTransformer, text: Tensor, steps: Sequence[DenoisingStep], noise: Tensor, given: Tensor, blocks
 ) -> Tensor:
     """Sample block by block as the pipelines do.
 
     Args:
+        text: prompt embeddings.
+        steps: of the sampler.
         noise: [B, F, 16, h, w].
         given: clean latents [B, f, 16, h, w] that the video starts with; f may be 0.
 
     Returns:
         The clean latents [B, F, 16, h, w].
     """
-    height, width, device = *noise.shape[-2:], noise.device
-    dtype = attention_dtype(device)
-    cache = KVCache(model.config, (*noise.shape[:2], height * width // 4), device, dtype, dtype)
-    cache.set_text(model.embed_text(text))
+    (batch, frames, _, height, width), device = noise.shape, noise.device
+    config, dtype, scheduler = model.config, attention_dtype(device), FlowMatchScheduler
+    shape = (batch, frames, height * width // 4, config.num_heads, config.head_dim)
+    cache = KVCache(config.num_layers, shape, WindowConfig(frames, block_size=BLOCK), device, dtype, dtype)
+    encoder_kv = model.embed_text(text)
     done = torch.cat([given, noise[:, given.shape[1] :]], 1)
     for start, end in blocks:
-        cache.place(start, end - start)
-        rope = model.rope(torch.arange(start, end, device=device), height, width)
+        cache.set_positions(range(start, end))
+        rotary_emb = model.rotary_emb(range(start, end), height, width)
 
         def flow(latents: Tensor, timestep: float) -> Tensor:
-            return model(latents, torch.full(latents.shape[:2], timestep, device=device), rope, cache)
+            timesteps = torch.full(latents.shape[:2], timestep, device=device)
+            return model(latents, timesteps, rotary_emb, encoder_kv, cache)
 
         if start >= given.shape[1]:
             x0 = None
-            for timestep, sigma in zip(schedule.denoising_timesteps, schedule.denoising_sigmas):
+            for timestep, sigma in steps:
                 fresh = noise[:, start:end]
-                latents = fresh if x0 is None else schedule.add_noise(x0, torch.randn_like(fresh), sigma)
-                x0 = schedule.to_x0(latents, flow(latents, timestep), sigma)
+                latents = fresh if x0 is None else scheduler.add_noise(x0, torch.randn_like(fresh), sigma)
+                x0 = scheduler.pred_x0(latents, flow(latents, timestep), sigma)
             done[:, start:end] = x0
-        if end < noise.shape[1]:
+        if end < frames:
             flow(done[:, start:end], 0.0)
     return done
 

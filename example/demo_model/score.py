@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from world import BACKGROUNDS, COLORS, DIRECTIONS, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
+from world import BACKGROUNDS, COLORS, DIRECTIONS, LORA_SHAPES, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +28,7 @@ QUANTS = ("none", "fp8", "int8")
 CRITERIA = ("colour", "shape", "direction", "background")
 ENOUGH = 0.9  # share of the frames that must show the right thing
 MIN_OVERLAP = 0.8  # intersection over union of what is seen and the shape where it is seen
+ALL_SHAPES = SHAPES + LORA_SHAPES
 PALETTE = torch.tensor([*COLORS.values(), *BACKGROUNDS.values()])
 
 
@@ -67,7 +68,7 @@ def overlaps(mask: Tensor, center: Tensor) -> Tensor:
     Anything else in the frame, a second object say, counts against it.
     """
     result = []
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         template = coverage(shape, torch.full((1, 2), SIZE / 2, device=mask.device)) > 0.5
         template = coverage(shape, center + SIZE / 2 - centroids(template)) > 0.5
         both, either = (template & mask).sum((1, 2)), (template | mask).sum((1, 2))
@@ -96,7 +97,7 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
 
     return {
         "colour": often(seen & (color == list(COLORS).index(scene.color))),
-        "shape": often(seen & (overlap.argmax(1) == SHAPES.index(scene.shape))),
+        "shape": often(seen & (overlap.argmax(1) == ALL_SHAPES.index(scene.shape))),
         "direction": often(seen) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),
     }

@@ -72,7 +72,7 @@ class Trainer:
         self.encoder = build_text_encoder(len(self.tokenizer)).to(self.device)
         model = CausalWanTransformer(generator.CONFIG).to(self.device)
         if self.device.type == "cuda":
-            model.compile()
+            model.compile_repeated_blocks()
         self.train_transformer(model)
         folder = self.args.output_folder
         export.export_text_encoder(self.encoder, self.tokenizer, folder)

@@ -29,6 +29,7 @@ COLORS = {
 }
 BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5)}
 SHAPES = ("circle", "square", "triangle")
+LORA_SHAPES = ("cross",)  # what the LoRA in weights/demo/lora adds
 DIRECTIONS = {  # (x, y), y downwards
     "from left to right": (1, 0),
     "from right to left": (-1, 0),
@@ -78,6 +79,9 @@ def coverage(shape: str, center: torch.Tensor) -> torch.Tensor:
         distance = (x**2 + y**2).sqrt() - 22.2
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - 19.7
+    elif shape == "cross":  # two bars
+        long, short = torch.maximum(x.abs(), y.abs()) - 26.0, torch.minimum(x.abs(), y.abs()) - 9.0
+        distance = torch.maximum(long, short)
     else:  # an equilateral triangle standing on its base; 17.3 is the radius of its inscribed circle
         distance = torch.maximum(y, x.abs() * math.sqrt(3) / 2 - y / 2) - 17.3
     return (0.5 - distance).clamp(0, 1)

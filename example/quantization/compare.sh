@@ -5,13 +5,9 @@
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+ROOT="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)" # readlink: this may be a symlink
 PYTHON=python3
 if [[ -z "${VIRTUAL_ENV:-}" && -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi
-if ! "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "torchmetrics"))))'; then
-    echo "error: $PYTHON lacks what the comparison needs: run $ROOT/setup.sh first" >&2
-    exit 2
-fi
 
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave a shared CPU to those that work
 

@@ -4,56 +4,93 @@
 
 NPROC says how often (default: ULYSSES_SIZE x RING_SIZE where one of them is set, else the GPUs there are). For several
 nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each, and there start the same command.
+
+A runner imports this module first. Where Python was started with that runner, the import checks its flags and paths and
+exits if they are wrong, because what the runner imports next, PyTorch among it, takes seconds.
 """
 
+import glob
+import importlib.util
 import logging
 import os
 import runpy
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+MODELS = {"run_self_forcing_quantized.py": "self_forcing", "run_causvid_quantized.py": "causvid"}
+
+
+def refuse(message: str) -> None:
+    """Exit with 2 and one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def number(name: str, default: int) -> int:
-    """The variable ``name``, empty or not set: ``default``."""
+    """Return the variable ``name``, or ``default`` where it is empty or not set."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < 1:
-        sys.exit(refusal(f"{name} must be a number from 1, not '{text}'"))
+        refuse(f"{name} must be a number from 1, not '{text}'")
     return int(text)
 
 
-def refusal(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def check_packages() -> None:
+    """Exit where this interpreter lacks what generation needs; nothing is imported to find out."""
+    sys.path.insert(1, ROOT)  # behind the program's own folder: a checkout runs without being installed
+    if not all(map(importlib.util.find_spec, ("torch", "diffusers", "omegaconf", "yaml"))):
+        python = os.path.join(ROOT, ".venv", "bin", "python")
+        instead = f"start it with {python}" if os.path.exists(python) else f"run {os.path.join(ROOT, 'setup.sh')} first"
+        refuse(f"{sys.executable} lacks what generation needs: {instead}")
 
 
-def processes() -> int:
-    """How many to start on this machine."""
-    if not os.environ.get("NPROC") and not (os.environ.get("ULYSSES_SIZE") or os.environ.get("RING_SIZE")):
-        import torch
+def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
+    """Exit where flags of ``runner`` or paths in them are wrong or do not fit ``world_size`` (0: not known), or for --help."""
+    if os.path.basename(runner) not in MODELS:
+        return
+    from inferix.cli.preflight import check_processes, parse_arguments
+    from inferix.errors import InputError
 
-        return max(1, torch.cuda.device_count())
-    nodes = number("NNODES", 1)
-    return number("NPROC", max(1, number("ULYSSES_SIZE", 1) * number("RING_SIZE", 1) // nodes))
+    try:
+        args = parse_arguments(MODELS[os.path.basename(runner)], flags)
+        if world_size:
+            check_processes(args, world_size)
+    except InputError as error:
+        refuse(str(error))
+    dax = importlib.util.find_spec("dax")
+    folders = dax.submodule_search_locations if dax else None
+    if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
+        refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
 
 
-def torchrun(nproc: int, command: list[str]) -> int:
-    """Run ``command`` in ``nproc`` processes here; the exit code of the first one that fails, else 0."""
+def num_processes() -> int:
+    """Return how many processes to start on this machine."""
+    if os.environ.get("NPROC") or os.environ.get("ULYSSES_SIZE") or os.environ.get("RING_SIZE"):
+        sizes = number("ULYSSES_SIZE", 1) * number("RING_SIZE", 1)
+        return number("NPROC", max(1, sizes // number("NNODES", 1)))
+    if len(glob.glob("/dev/nvidia[0-9]*")) < 2 and not os.path.exists("/dev/dxg"):  # dxg: all GPUs under WSL
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())  # honours CUDA_VISIBLE_DEVICES
+
+
+def torchrun(nproc: int, command: list) -> int:
+    """Run ``command`` in ``nproc`` processes here; return the exit code of the first one that fails, else 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.disable(logging.ERROR)  # what it has to say about a process that failed follows here, in one line
+    logging.disable(logging.ERROR)  # what it says about a rank that failed follows here, in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    where = ["--standalone"]
+    rendezvous = ["--standalone"]
     if (nodes := number("NNODES", 1)) > 1:
-        where = [f"--nnodes={nodes}"]
+        rendezvous = [f"--nnodes={nodes}"]
         for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            where += [f"--{name.lower()}={os.environ[name]}"] if os.environ.get(name) else []
+            rendezvous += [f"--{name.lower()}={os.environ[name]}"] if os.environ.get(name) else []
     try:
-        run(parse_args([*where, f"--nproc-per-node={nproc}", "--monitor-interval=0.2", *command]))
+        run(parse_args([*rendezvous, f"--nproc-per-node={nproc}", "--monitor-interval=0.2", *command]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -66,14 +103,23 @@ def torchrun(nproc: int, command: list[str]) -> int:
 
 
 def main() -> int:
-    runner = sys.argv[1]
-    if "RANK" not in os.environ and (nproc := processes()) * number("NNODES", 1) > 1:
-        return torchrun(nproc, sys.argv[1:])
-    sys.argv = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it without a traceback
+    runner, *flags = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(runner))  # as if Python had been started with it
+    check_packages()
+    check_flags(runner, flags)
+    if "RANK" not in os.environ:
+        nproc, nodes = num_processes(), number("NNODES", 1)  # may have to import PyTorch
+        check_flags(runner, flags, nproc * nodes)
+        if nproc * nodes > 1:
+            return torchrun(nproc, [runner, *flags])
+    sys.argv = [runner, *flags]
+    sys.modules["launch"] = sys.modules["__main__"]  # checked already
     runpy.run_path(runner, run_name="__main__")
     return 0
 
 
 if __name__ == "__main__":
     sys.exit(main())
+check_packages()
+check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))

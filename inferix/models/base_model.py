@@ -5,52 +5,92 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from inferix.checkpoints.containers import infer_sizes, read_transformer
+from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
 from inferix.errors import InputError
-from inferix.models.checkpoints import assign, load_sharded_safetensors, read_transformer, reading
+from inferix.models.config import TransformerConfig
 from inferix.models.text_encoder import TextEncoder
-from inferix.models.transformer import CausalWanTransformer, TransformerConfig
-from inferix.models.vae import WanVAE
+from inferix.models.tiny_vae import TinyVAE
+from inferix.models.transformer import CausalWanTransformer
+from inferix.models.vae import VAE, WanVAE
+
+TINY_VAE = "taew2_1.pth"
 
 
-class BaseModel:
-    """Loads the parts of a base model, each when it is asked for.
+def empty_transformer(config: TransformerConfig) -> CausalWanTransformer:
+    """Return a transformer on the meta device, to load weights into."""
+    with torch.device("meta"):
+        return CausalWanTransformer(config).eval().requires_grad_(False)
+
+
+class WanCheckpoint:
+    """The parts of a base model, each loaded when it is asked for.
 
     Args:
         folder: of either layout.
-        transformer_weights: False leaves the transformer on the meta device, for whoever loads other weights into it;
-            the base's own need not be there.
+        transformer_weights: load the base's own transformer where it is there; False leaves the transformer on the meta
+            device, to load a checkpoint into it.
+        vae: ``full`` or ``tiny``.
+        tiny_vae_path: file of the tiny VAE; None: ``taew2_1.pth`` in ``folder`` or beside it.
 
-    Raises InputError where ``folder`` or a file in it is missing, damaged or of another kind.
+    Raises:
+        InputError: if ``folder`` or a file in it is missing, damaged or of another kind.
     """
 
-    def __init__(self, folder: str | Path, transformer_weights: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
+    ):
         self.folder = Path(folder)
+        if vae not in ("full", "tiny"):
+            raise InputError(f"the VAE is full or tiny, not {vae!r}")
+        self.vae_kind, self.tiny_vae_path = vae, tiny_vae_path
         self.transformer_weights = transformer_weights
         if not self.folder.is_dir():
             raise InputError(f"base model folder {folder} not found; weights/download.sh fetches Wan2.1-T2V-1.3B")
-        self.diffusers = (self.folder / "transformer").is_dir()
+        self.diffusers = any((self.folder / part).is_dir() for part in ("transformer", "vae"))
         self.transformer_folder = self.folder / "transformer" if self.diffusers else self.folder
-        self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
+        self.has_transformer = any(self.transformer_folder.glob("diffusion_pytorch_model*"))
+        self.has_config = (self.transformer_folder / "config.json").exists()
+        """Whether ``config`` is known; otherwise a checkpoint's tensors tell it, and until then it is the 1.3B model's."""
+        self.config = TransformerConfig()
+        if self.has_config:
+            self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")
 
     def transformer(self) -> CausalWanTransformer:
-        """The transformer, with the base weights, memory-mapped, unless it is to have none."""
-        with torch.device("meta"):
-            model = CausalWanTransformer(self.config)
-        if self.transformer_weights:
-            state = load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model")
-            assign(model, read_transformer(state), self.transformer_folder)
-        return model.eval().requires_grad_(False)
+        """Return the transformer with the base weights, memory-mapped, or without weights on the meta device."""
+        if not self.transformer_weights or not self.has_transformer:
+            return empty_transformer(self.config)
+        state = read_transformer(load_sharded_safetensors(self.transformer_folder, "diffusion_pytorch_model"))
+        if not self.has_config:
+            self.config, self.has_config = TransformerConfig(**infer_sizes(state)), True
+        model = empty_transformer(self.config)
+        load_strict(model, state, self.transformer_folder)
+        return model.requires_grad_(False)
 
-    def vae(self) -> WanVAE:
+    def vae(self) -> VAE:
+        """Return the VAE, full or tiny."""
+        if self.vae_kind == "tiny":
+            return TinyVAE.from_file(self.find_tiny_vae())
         if not self.diffusers:
             return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
         folder = self.folder / "vae"
-        with reading(folder / "config.json"):
-            config = AutoencoderKLWan.load_config(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(config)
-        assign(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
+            model = AutoencoderKLWan.from_config(load_json(folder / "config.json"))
+        load_strict(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
         return WanVAE(model)
+
+    def find_tiny_vae(self) -> Path:
+        """Return the tiny VAE's file. Raises InputError where there is none."""
+        if self.tiny_vae_path is not None:
+            return Path(self.tiny_vae_path)
+        for path in (self.folder / TINY_VAE, self.folder.parent / TINY_VAE):
+            if path.is_file():
+                return path
+        raise InputError(f"{self.folder.parent / TINY_VAE} not found; ./weights/download.sh tiny fetches it")
 
     def text_encoder(self) -> TextEncoder:
         if self.diffusers:

@@ -1,268 +1,226 @@
-"""What the causal transformer remembers of the frames before."""
+"""Keys and values of the frames in the attention window."""
 
-from collections.abc import Callable
-from functools import cache, partial
-from itertools import groupby, product
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from inferix.models.attention import attention_with_lse, cache_attention, merge_parts
-from inferix.models.transformer import TransformerConfig
-from inferix.parallel import SequenceParallel
+from inferix.models.attention import FP8, Part, saturating_cast
+from inferix.runtime.cuda_graphs import CUDAGraphs
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Which latent frames self-attention sees."""
+
+    num_frames: int
+    """Frames in the window, those of the current block included."""
+    sink_size: int = 0
+    """First frames of the video, which the window keeps when it rolls."""
+    block_size: int = 3
+    """Frames that are generated together, whose values have a common mean."""
+    relative_positions: bool = False
+    """Place the sink frames right before the oldest other frame in the window, instead of where they are in the video."""
+
+    def slot(self, frame: int) -> int:
+        """Return where in the cache the frame at this position in the video is stored.
+
+        Frames that no longer fit replace the oldest one that is not a sink. Attention does not depend on the order of the
+        keys, so nothing is ever moved.
+        """
+        if frame < self.num_frames:
+            return frame
+        return self.sink_size + (frame - self.sink_size) % (self.num_frames - self.sink_size)
+
+    def sink_position(self, end: int) -> int:
+        """Return the position of the first sink frame once the frames before ``end`` are in the window.
+
+        Differences of positions are all that attention sees, so the other frames stay where they are in the video.
+        """
+        return max(0, end - self.num_frames) if self.relative_positions else 0
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated for a number of latent frames.
+    """Keys and values of every layer for the frames in the window, preallocated.
 
-    A block of frames is placed with ``place`` and then run several times (the denoising steps, and once more when it is
-    clean): every run overwrites the block's keys and values, and attends to them and to all before.
+    ``set_positions`` says which frames the following forwards compute; every forward overwrites their keys and values, so
+    that a block can be run once for each denoising step.
 
-    Beyond that number the cache rolls: a new frame takes the slot of the oldest one that is not among the first
-    ``sink_frames``. Attention does not depend on the order of keys, and their positions are rotated into them, so that
-    nothing has to be moved.
-
-    With ``parallel`` it holds this rank's share: some of the heads, some of every frame's tokens.
+    8-bit values are stored without their mean over the tokens of a block, which is kept beside them in float32: sums of 8-bit
+    products lose magnitude where the values have a mean.
 
     Args:
-        config: the transformer's sizes.
-        shape: batch, latent frames, tokens a frame.
-        device: where it is kept.
-        dtype: what keys and values are kept in, and queries are compared to them in.
-        compute_dtype: what attention's results are in.
-        sink_frames: first frames that are never rolled over.
-        parallel: the ranks that share it.
+        num_layers: layers of the transformer.
+        shape: [B, F, S, H, d]: batch, frames in the window, tokens of a frame, heads, size of a head; of this rank.
+        window: which frames are kept.
+        device: where the cache is.
+        dtype: of the stored keys and values.
+        compute_dtype: of the model.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
-        shape: tuple[int, int, int],
+        num_layers: int,
+        shape: tuple[int, int, int, int, int],
+        window: WindowConfig,
         device: torch.device,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
-        sink_frames: int = 0,
-        parallel: SequenceParallel | None = None,
     ):
-        batch, self.num_frames, tokens = self.shape = shape
-        self.sink_frames = sink_frames
-        self.device = device
-        self.dtype = dtype
-        self.compute_dtype = compute_dtype
-        self.parallel = parallel
-        self.heads = (config.num_heads, config.head_dim)
-        stored = (batch, self.num_frames, tokens, *self.heads)
-        if parallel is not None:
-            heads = config.num_heads // parallel.ulysses_size
-            stored = (batch, self.num_frames, tokens // parallel.ring_size, heads, config.head_dim)
-        self.loose: list[Tensor] = []
-        self.text: list[tuple[Tensor, Tensor]] = []
-        """Every layer's cross-attention keys and values [B, L, H, d]."""
-        self.allocate(config.num_layers, stored)
+        self.num_layers, self.shape, self.window = num_layers, shape, window
+        self.device, self.dtype, self.compute_dtype = device, dtype, compute_dtype
+        self.reset()
+        batch, num_frames, tokens, heads, head_dim = shape
+        self.value_means: Tensor | None = None
+        """[L, F, B, H, d] float32 with an 8-bit cache."""
+        if dtype == FP8:
+            self.value_means = torch.zeros(num_layers, num_frames, batch, heads, head_dim, device=device)
+        self.sink_keys: Tensor | None = None
+        """The sink frames' keys before rotation [L, B, K, S, H, d], where their positions change."""
+        if window.relative_positions and window.sink_size:
+            sinks = (num_layers, batch, window.sink_size, tokens, heads, head_dim)
+            self.sink_keys = torch.zeros(sinks, device=device, dtype=compute_dtype)
+        self.graphs = CUDAGraphs() if device.type == "cuda" else None
+        """Captured forwards that read and write this cache."""
+        self.recached = False
+        """Whether a whole window has been run once, which compiles."""
+        self.allocate()
 
-    def allocate(self, num_layers: int, stored: tuple[int, ...]) -> None:
-        """Make room for every layer's keys and values, each of the shape ``stored`` [B, F, S, H, d]."""
-        self.keys, self.values = (
-            torch.zeros(num_layers, *stored, device=self.device, dtype=self.dtype) for _ in range(2)
-        )
+    def allocate(self) -> None:
+        """Allocate the keys and values, each [L, B, F, S, H, d]."""
+        stored = (self.num_layers, *self.shape)
+        self.keys, self.values = (torch.zeros(stored, device=self.device, dtype=self.dtype) for _ in range(2))
+
+    def reset(self) -> None:
+        """Begin a new video: no frame is in the window. Memory and graphs stay."""
+        self.slots: list[int] = []
+        self.num_valid_frames = 0
+        self.sink_position = 0
+        self.blocks: list[list[int]] = []
+        """Slots of the frames in the window, grouped by common means of their values."""
+        self.num_groups = 1
+        """Groups of the current frames."""
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values [B, F, S, H, d] on the device; written to, and read when ``ready`` was called."""
+        """Return the layer's keys and values [B, F, S, H, d] on the device. Call ``wait_prefetch`` before reading them."""
         return self.keys[layer], self.values[layer]
 
-    def ready(self, layer: int) -> None:
-        """To be called before the layer's keys and values of earlier frames are read."""
+    def wait_prefetch(self, layer: int) -> None:
+        """Wait until the layer's keys and values of earlier frames are on the device."""
 
-    def done(self, layer: int) -> None:
-        """To be called after they were read."""
+    def release(self, layer: int) -> None:
+        """Say that the layer's keys and values have been read."""
 
-    def set_text(self, text: list[tuple[Tensor, Tensor]]) -> None:
-        """Take what ``CausalWanTransformer.embed_text`` gives, in the same place in memory every time."""
-        if not self.text:
-            self.text = text
-        for old, new in zip(self.text, text):
-            for stored, tensor in zip(old, new):
-                stored.copy_(tensor)
+    def set_positions(self, frames: Sequence[int], keep_sinks: bool = True) -> None:
+        """Say which frames of the video the following forwards compute.
 
-    def slot(self, frame: int) -> int:
-        """Where the frame at absolute position ``frame`` is kept."""
-        if frame < self.num_frames:
-            return frame
-        return self.sink_frames + (frame - self.sink_frames) % (self.num_frames - self.sink_frames)
-
-    def place(self, start_frame: int, num_frames: int) -> None:
-        """Say which absolute frames the next runs are about."""
-        self.slots = [self.slot(start_frame + i) for i in range(num_frames)]
-        self.valid_frames = min(start_frame + num_frames, self.num_frames)
-
-    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the queries, the keys and the values [B, T, H, d] of the placed frames are to be written.
-
-        With ``parallel``, T counts this rank's own tokens, they lie in the same place for every layer, and H comes in two:
-        the Ulysses group's ranks, and the heads of each.
+        Args:
+            frames: consecutive positions, the last ones in the window.
+            keep_sinks: False stores the first ``sink_size`` of ``frames``, a whole window, as the new sink frames.
         """
-        batch, _, tokens = self.shape
-        heads, head_dim = self.heads
-        new = partial(torch.empty, device=self.device, dtype=self.dtype)
-        if self.parallel is None:
-            if layer == 0:  # by each forward: a CUDA graph keeps what was made while it was captured
-                self.queries = new(batch, len(self.slots) * tokens, heads, head_dim)
-            return self.queries, *self.slots_of(layer)
-        if layer == 0:
-            own, ranks = len(self.slots) * tokens // self.parallel.world_size, self.parallel.ulysses_size
-            self.sent = new(ranks, 3, batch, own, heads // ranks, head_dim)  # by who gets them
-        return tuple(self.sent.permute(1, 2, 3, 0, 4, 5))
+        window, end = self.window, frames[-1] + 1
+        self.num_valid_frames = min(end, window.num_frames)
+        sinks = 0 if keep_sinks else window.sink_size
+        self.slots = [*range(sinks), *(window.slot(frame) for frame in frames[sinks:])]
+        self.sink_position = window.sink_position(end)
+        kept = ([slot for slot in block if slot not in self.slots] for block in self.blocks)
+        size = window.block_size if len(frames) % window.block_size == 0 else 1
+        self.num_groups = len(frames) // size
+        new = [sorted(self.slots[i : i + size]) for i in range(0, len(frames), size)]
+        self.blocks = [block for block in kept if block] + new
 
-    def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values of the placed frames [B, T, H, d], to be written."""
-        first, frames = self.slots[0], len(self.slots)
-        stored = self.layer(layer)
-        if self.slots == list(range(first, first + frames)):
-            return tuple(tensor[:, first : first + frames].flatten(1, 2) for tensor in stored)
-        shape = (self.shape[0], frames, *stored[0].shape[2:])  # a rolling window's end and start: ``seen`` moves them
-        self.loose = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
-        return tuple(loose.flatten(1, 2) for loose in self.loose)
+    @property
+    def graph_key(self) -> tuple[tuple, tuple]:
+        """Which memory a forward for the current frames reads and writes, and the shapes of what it reads and writes."""
+        parts = self.parts() if self.value_means is not None else []
+        memory = (*self.slots, self.num_valid_frames, *parts)
+        lengths = tuple(part.length for part in parts)
+        return memory, (self.num_valid_frames, len(contiguous_ranges(self.slots)), self.has_sinks(), lengths)
 
-    def seen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values stored [B, K, H, d], those of the placed frames included."""
-        stored = self.layer(layer)
-        for tensor, loose in zip(stored, self.loose):
-            for i, slot in enumerate(self.slots):
-                tensor[:, slot].copy_(loose[:, i])
-        self.loose = []
-        self.ready(layer)
-        return tuple(tensor[:, : self.valid_frames].flatten(1, 2) for tensor in stored)
+    def kv_slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return where the current frames' keys and values [B, T, H, d] may be written ahead of ``update``.
 
-    def attend(self, layer: int) -> Tensor:
-        """Let the queries in ``room`` see all keys and values stored, those of the placed frames included: [B, T, H*d].
-
-        With ``parallel``, of all ranks together, the last dimension comes in two: [B, T, U, H/U*d].
+        That is their place in the cache, or a staging buffer where a rolling window's end and start are not contiguous.
         """
-        if self.parallel is not None:
-            return self.attend_together(layer)
-        attended = cache_attention(self.queries, *self.seen(layer), self.compute_dtype)
-        self.done(layer)
-        return attended
+        ranges = contiguous_ranges(self.slots)
+        if len(ranges) == 1:
+            keys, values = (tensor[:, ranges[0].slots].flatten(1, 2) for tensor in self.layer(layer))
+            return keys, values
+        shape = (self.shape[0], len(self.slots) * self.shape[2], *self.shape[3:])
+        keys, values = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        return keys, values
 
-    def attend_together(self, layer: int) -> Tensor:
-        """``attend`` of all ranks, each with the queries of its own tokens."""
-        parallel = self.parallel
-        received = parallel.tokens_for_heads(self.sent)
-        q = (compiled_arrange() if received.is_cuda else arrange)(received, *self.slots_of(layer), len(self.slots))
-        keys, values = self.seen(layer)
-        if parallel.ring_size == 1:
-            attended = cache_attention(q, keys, values, self.compute_dtype)
-        else:
-            visited = attention_with_lse(parallel.visiting(q), keys, values, self.compute_dtype)
-            attended = merge_parts(*parallel.returned(*visited), self.compute_dtype)
-        self.done(layer)
-        return parallel.heads_for_tokens(attended)
+    def update(self, layer: int, key: Tensor, value: Tensor, value_mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Store the current frames' keys and values and return those of the whole window.
 
+        Args:
+            layer: number of the layer.
+            key, value: [B, T, H, d]; what ``kv_slots`` gave is not copied if it is in the cache already.
+            value_mean: [B, G, H, d], what was subtracted from the values of each of ``num_groups`` groups of the current
+                frames; required with an 8-bit cache.
 
-def arrange(received: Tensor, keys: Tensor, values: Tensor, frames: int) -> Tensor:
-    """Sort what ranks sent of their tokens, [U, 3, B, T, H, d]: queries, keys and values.
+        Returns:
+            Keys and values [B, K, H, d] of the frames in the window, in no particular order of frames.
+        """
+        stored = self.layer(layer)
+        ranges = contiguous_ranges(self.slots)
+        for tensor, new in zip(stored, (key, value)):
+            new = new.unflatten(1, (len(self.slots), -1))
+            for slots, source in ranges:
+                if tensor[:, slots].data_ptr() != new[:, source].data_ptr():
+                    frames = new[:, source]
+                    tensor[:, slots].copy_(
+                        frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype)
+                    )
+        if self.value_means is not None:
+            assert value_mean is not None
+            means = value_mean.repeat_interleave(len(self.slots) // self.num_groups, dim=1).transpose(0, 1)
+            for slots, source in ranges:
+                self.value_means[layer, slots].copy_(means[source])
+        self.wait_prefetch(layer)
+        keys, values = (tensor[:, : self.num_valid_frames].flatten(1, 2) for tensor in stored)
+        return keys, values
 
-    ``keys`` and ``values`` [B, U*T, H, d] are written, a frame's tokens together, whoever had them; the queries
-    [B, U*T, H, d] are returned, by owner.
-    """
-    q, *fresh = received.unbind(1)
-    sources = [q.transpose(0, 1), *(new.unflatten(2, (frames, -1)).permute(1, 2, 0, 3, 4, 5) for new in fresh)]
-    queries = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    targets = [target.view(source.shape) for target, source in zip((queries, keys, values), sources)]
-    torch._foreach_copy_(targets, sources)  # compiled, it is one kernel; three copies would stay three
-    return queries
+    def parts(self) -> list[Part]:
+        """Return the parts of the window's keys, in order, whose values have one mean: contiguous, of one group."""
+        ranges = [r.slots for block in self.blocks for r in contiguous_ranges(block)]
+        tokens = self.shape[2]
+        return sorted(Part(r.start * tokens, (r.stop - r.start) * tokens) for r in ranges)
 
+    def part_means(self, layer: int) -> Tensor | None:
+        """Return what was subtracted from the values of each of ``parts`` [P, B, H, d]; None where nothing was."""
+        if self.value_means is None:
+            return None
+        return torch.stack([self.value_means[layer, part.start // self.shape[2]] for part in self.parts()])
 
-@cache
-def compiled_arrange() -> Callable:
-    return torch.compile(arrange, dynamic=False)
+    def store_sinks(self, layer: int, key: Tensor) -> None:
+        """Keep the current frames' keys before rotation [B, T, H, d], of those among them that are sink frames."""
+        assert self.sink_keys is not None
+        frames = key.unflatten(1, (len(self.slots), -1))
+        for i, slot in enumerate(self.slots):
+            if slot < self.window.sink_size:
+                self.sink_keys[layer][:, slot].copy_(frames[:, i])
 
+    def has_sinks(self) -> bool:
+        """Return whether ``store_sinks`` has to be called for the current frames."""
+        return self.sink_keys is not None and min(self.slots) < self.window.sink_size
 
-class OffloadedKVCache(KVCache):
-    """A cache whose keys and values are in host memory, pinned; on the device are those of two layers at a time.
-
-    While a layer is worked on, the earlier frames of the next one come in on a stream of their own, and what the layer
-    adds goes out on another. Every ``RESIDENT``-th layer stays on the device, the first one among them, so that no
-    forward begins by waiting. For Wan 1.3B and 21 frames of 480x832 in bfloat16 that is 201 MB a layer: of 6.04 GB,
-    2 resident layers and 2 in transit leave 0.81 GB on the device. At a full window 28 layers x 172 MB come in for each
-    forward: 4.8 GB, the PCIe bus's work of about 90 ms.
-    """
-
-    RESIDENT = 15
-
-    def allocate(self, num_layers: int, stored: tuple[int, ...]) -> None:
-        def pair(device, **options) -> Tensor:
-            return torch.zeros(2, *stored, device=device, dtype=self.dtype, **options)
-
-        cuda = self.device.type == "cuda"
-        self.last = num_layers - 1
-        self.resident = {n: pair(self.device) for n in range(0, num_layers, self.RESIDENT)}
-        self.host = {n: pair("cpu", pin_memory=cuda) for n in range(num_layers) if n not in self.resident}
-        self.order = list(self.host)
-        self.windows = [pair(self.device) for _ in range(2)]
-        self.incoming, self.outgoing = (torch.cuda.Stream(self.device) if cuda else None for _ in range(2))
-        self.arrived: dict[int, torch.cuda.Event] = {}
-        self.left: dict[int, torch.cuda.Event] = {}
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return tuple(self.resident[layer] if layer in self.resident else self.window(layer))
-
-    def window(self, layer: int) -> Tensor:
-        """Where on the device the keys and values [2, B, F, S, H, d] of an offloaded layer are while it is worked on."""
-        return self.windows[self.order.index(layer) % 2]
-
-    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        if layer == 0:
-            for first in self.order[:2]:
-                self.fetch(first)
-        return super().room(layer)
-
-    def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        if layer in self.host and (place := self.order.index(layer)) >= 2:
-            self.wait(self.left, self.order[place - 2])  # whose new frames lie where this layer's are to be written
-        return super().slots_of(layer)
-
-    def ready(self, layer: int) -> None:
-        if layer in self.host:
-            self.wait(self.arrived, layer)
-
-    def done(self, layer: int) -> None:
-        if layer in self.host:
-            self.store(layer)
-            if following := self.order[self.order.index(layer) + 2 :]:
-                self.fetch(following[0])
-        if layer == self.last and self.incoming is not None:
-            for stream in (self.incoming, self.outgoing):
-                torch.cuda.current_stream(self.device).wait_stream(stream)
-
-    def fetch(self, layer: int) -> None:
-        """Bring in the layer's earlier frames, when what has been asked of the device so far is done."""
-        earlier = [slot for slot in range(self.valid_frames) if slot not in self.slots]
-        self.move(self.host[layer], self.window(layer), earlier, self.incoming, self.arrived, layer)
-
-    def store(self, layer: int) -> None:
-        """Bring out the layer's placed frames."""
-        self.move(self.window(layer), self.host[layer], self.slots, self.outgoing, self.left, layer)
-
-    def move(self, source: Tensor, target: Tensor, slots: list[int], stream, events: dict, layer: int) -> None:
-        """Copy these frames from one memory to the other: contiguous pieces, which a GPU's copy engines move alone."""
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for pair, batch in product(range(2), range(self.shape[0])):
-                for run in runs(slots):
-                    target[pair, batch, run].copy_(source[pair, batch, run], non_blocking=True)
-        if stream is not None:
-            events[layer] = stream.record_event()
-
-    def wait(self, events: dict, layer: int) -> None:
-        """Let the device go on when this copy is complete."""
-        if self.incoming is not None:
-            torch.cuda.current_stream(self.device).wait_event(events[layer])
+    def write_sinks(self, layer: int, keys: Tensor) -> None:
+        """Replace the sink frames' stored keys by ``keys`` [B, K, S, H, d], rotated to their new positions."""
+        self.layer(layer)[0][:, : self.window.sink_size].copy_(saturating_cast(keys, self.dtype))
 
 
-def runs(slots: list[int]) -> list[slice]:
-    """The stretches of consecutive numbers in an ascending list."""
-    groups = groupby(enumerate(sorted(slots)), key=lambda pair: pair[1] - pair[0])
-    stretches = [[slot for _, slot in group] for _, group in groups]
-    return [slice(stretch[0], stretch[-1] + 1) for stretch in stretches]
+class SlotRange(NamedTuple):
+    """Consecutive slots of the cache, and which of the current frames belong there."""
+
+    slots: slice
+    source: slice
+
+
+def contiguous_ranges(slots: Sequence[int]) -> list[SlotRange]:
+    """Return the runs of consecutive ascending numbers in ``slots``, in order."""
+    starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1] + 1]
+    ends = [*starts[1:], len(slots)]
+    return [SlotRange(slice(slots[i], slots[j - 1] + 1), slice(i, j)) for i, j in zip(starts, ends)]

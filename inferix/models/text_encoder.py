@@ -3,16 +3,23 @@
 import html
 import re
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import ftfy
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from inferix.errors import InputError
-from inferix.models.checkpoints import StateDict, assign, load_pickle, load_sharded_safetensors, reading
+from inferix.checkpoints.files import (
+    DAMAGED,
+    StateDict,
+    load_json,
+    load_pickle,
+    load_sharded_safetensors,
+    load_strict,
+)
+from inferix.errors import InputError, input_errors
+from inferix.runtime.on_demand import OnDemandOffload
 
 RENAMES = {
     r"^token_embedding\.": "shared.",
@@ -39,7 +46,7 @@ def convert_umt5_to_transformers(state: StateDict) -> StateDict:
 
 
 def umt5_config(state: StateDict) -> UMT5Config:
-    """Read the sizes off the tensors (original names): the file comes without a config."""
+    """Return the sizes read off the tensors (original names); the file has no config."""
     try:
         vocab_size, d_model = state["token_embedding.weight"].shape
         num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
@@ -63,32 +70,39 @@ def clean(prompt: str) -> str:
 
 
 def build_umt5(config: UMT5Config, state: StateDict, source: Path) -> UMT5EncoderModel:
-    """An encoder that holds the tensors of ``state`` (transformers' names) themselves. Raises InputError where they do not fit."""
+    """Return an encoder with the tensors of ``state`` (transformers' names). Raises InputError where they do not fit."""
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     if "shared.weight" in state:  # what files store once has two names in the model
         state = state | {"encoder.embed_tokens.weight": state["shared.weight"]}
-    assign(model, state, source)
+    load_strict(model, state, source)
     model.tie_weights()
     return model
 
 
-def load_tokenizer(folder: Path):
-    """A tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} holds no tokenizer.json; see weights/README.md")
-    with reading(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with input_errors(folder, OSError, ValueError, LookupError, TypeError, AttributeError, hint=DAMAGED):
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            if type(error) is Exception:  # the tokenizers library has no other class for a file that it cannot parse
+                raise ValueError(error) from None
+            raise
 
 
 class TextEncoder:
-    """Prompts to embeddings of ``text_len`` tokens, those of the padding zero."""
+    """Encodes prompts to ``text_len`` embeddings each, zero where the prompt is padded."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer, text_len: int):
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_len: int):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.device = torch.device("cpu")
+        self.version = 0
+        """Changes whenever the weights may have changed, so that nobody keeps embeddings of the old ones."""
 
     @classmethod
     def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
@@ -101,36 +115,37 @@ class TextEncoder:
     def from_diffusers(cls, folder: Path, text_len: int) -> "TextEncoder":
         """Load the folders ``text_encoder`` and ``tokenizer`` in ``folder``."""
         source = folder / "text_encoder"
-        with reading(source / "config.json"):
-            config = UMT5Config.from_json_file(source / "config.json")
+        config = UMT5Config.from_dict(load_json(source / "config.json"))
         model = build_umt5(config, load_sharded_safetensors(source, "model"), source)
         return cls(model, load_tokenizer(folder / "tokenizer"), text_len)
 
-    def to(self, device: torch.device, dtype: torch.dtype, block_by_block: bool = False) -> "TextEncoder":
-        """Run on ``device``; with ``block_by_block`` weights stay in host memory until it is their block's turn."""
+    def to(self, device: torch.device, dtype: torch.dtype, on_demand: bool = False) -> "TextEncoder":
+        """Run on ``device``; with ``on_demand`` weights stay in host memory and are copied block by block when used."""
         self.device = device
-        self.model.to("cpu" if block_by_block else device, dtype)
-        if block_by_block:
+        self.version += 1
+        self.model.to("cpu" if on_demand else device, dtype)
+        if on_demand:
             self.model.encoder.final_layer_norm.to(device)
             for block in self.model.encoder.block:
-                Visit(block, device)
+                OnDemandOffload(block, device)
         return self
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Every block, on the device while it is at hand, to be changed."""
+        """Yield every block, on the device, to be changed; it goes back to where it was when the next is asked for."""
+        self.version += 1
         for block in self.model.encoder.block:
             home = next(block.parameters()).device
             yield block.to(self.device)
             block.to(home)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of ``prompt`` that the tokenizer has no token for."""
+        """Return the words of ``prompt`` that the tokenizer has no token for."""
         unknown = self.tokenizer.unk_token_id
         words = re.findall(r"\w+", clean(prompt))
         return [w for w in words if unknown in self.tokenizer(w, add_special_tokens=False).input_ids]
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, each [B, text_len]."""
+        """Return token ids and attention mask, each [B, text_len]."""
         tokens = self.tokenizer(
             [clean(prompt) for prompt in prompts],
             padding="max_length",
@@ -142,29 +157,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Embeddings [B, text_len, text_dim]."""
+        """Return embeddings [B, text_len, text_dim]."""
         ids, mask = self.tokenize(prompts)
         table, mask = self.model.shared.weight, mask.to(self.device)
         words = torch.nn.functional.embedding(ids.to(table.device), table).to(self.device)
         embeds = self.model(inputs_embeds=words, attention_mask=mask).last_hidden_state
         return embeds * mask[..., None].to(embeds.dtype)
-
-
-class Visit:
-    """Brings a module's weights to ``device`` for every call of it, and puts what stayed in host memory back after it."""
-
-    def __init__(self, module: nn.Module, device: torch.device):
-        self.device = device
-        self.at_home: list[tuple[Tensor, Tensor]] = []
-        module.register_forward_pre_hook(self.arrive)
-        module.register_forward_hook(self.leave)
-
-    def arrive(self, module: nn.Module, _) -> None:
-        self.at_home = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
-        for tensor, data in self.at_home:
-            tensor.data = data.to(self.device)
-
-    def leave(self, *_) -> None:
-        for tensor, data in self.at_home:
-            tensor.data = data
-        self.at_home = []

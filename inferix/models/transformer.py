@@ -1,309 +1,98 @@
-"""The causal Wan 2.1 transformer that CausVid and Self-Forcing share.
+"""The causal Wan 2.1 transformer that CausVid, Self-Forcing and their successors share.
 
-The network is Wan's (https://arxiv.org/abs/2503.20314); what makes it causal is that its self-attention sees the keys
-and values of earlier frames through a cache. Modules carry the names of diffusers' ``WanTransformer3DModel``.
+The network is Wan's (https://arxiv.org/abs/2503.20314). It is causal because its self-attention sees the keys and values of
+earlier frames through a cache. Modules carry the names of diffusers' ``WanTransformer3DModel``.
 
-Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens a frame, D = ``dim``, H heads of size d = D/H.
+Shapes: B batch, F latent frames, h x w latent pixels, S = h*w/4 tokens of a frame, T = F*S tokens, D = ``dim``, H heads of
+size d = D/H.
 """
 
-import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix.errors import InputError
+from inferix.distributed.context_parallel import ContextParallel
 from inferix.models.attention import attention, saturating_cast
-from inferix.parallel import SequenceParallel
+from inferix.models.causal_attention import CausalSelfAttention, QKVBuffers
+from inferix.models.config import TransformerConfig
+from inferix.models.kv_cache import KVCache
+from inferix.models.layers import Attention, ConditionEmbedder, FeedForward, FP32LayerNorm
+from inferix.models.rope import apply_rope, rope_table
 
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of the network; the defaults are Wan2.1-T2V-1.3B's."""
-
-    dim: int = 1536
-    ffn_dim: int = 8960
-    freq_dim: int = 256
-    """Width of the sinusoidal timestep embedding."""
-    text_dim: int = 4096
-    text_len: int = 512
-    """Tokens a prompt is padded to."""
-    in_dim: int = 16
-    out_dim: int = 16
-    num_heads: int = 12
-    num_layers: int = 30
-    eps: float = 1e-6
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @classmethod
-    def from_json(cls, path: Path) -> "TransformerConfig":
-        """Read a ``config.json`` of the original ``WanModel`` or of diffusers' ``WanTransformer3DModel``.
-
-        Raises InputError where the file is missing, is no JSON or describes another kind of model.
-        """
-        try:
-            raw = dict(json.loads(Path(path).read_text()))
-        except FileNotFoundError:
-            raise InputError(f"{path} not found: it describes the base model's sizes; see weights/README.md") from None
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is not a valid JSON object ({error}); download it again") from None
-        if "num_attention_heads" in raw:  # diffusers' names
-            raw |= {
-                "num_heads": raw["num_attention_heads"],
-                "dim": raw["num_attention_heads"] * raw["attention_head_dim"],
-                "in_dim": raw["in_channels"],
-                "out_dim": raw["out_channels"],
-            }
-        missing = {"dim", "ffn_dim", "num_heads", "num_layers"} - raw.keys()
-        if missing:
-            raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is not the config of a Wan transformer")
-        sizes = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        if not all(isinstance(size, int | float) and size > 0 for size in sizes.values()):
-            raise InputError(f"{path} has a size that is no positive number; download it again")
-        return cls(**sizes)
-
-
-def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """[...] timesteps in [0, 1000] to [..., dim]: cosines, then sines (Wan's order), angles taken in float64."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = timestep.double()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rope_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [F*height*width, 1, head_dim/2], of the 3D rotary embedding (RoFormer, arXiv 2104.09864).
-
-    A head's complex pairs are shared out over time, row and column; time gets what a third leaves over.
-    ``frame_index`` [F] holds absolute frame positions, ``height`` and ``width`` count tokens.
-    """
-    device = frame_index.device
-    pairs = head_dim // 2
-    spatial = pairs // 3
-
-    def angles(position: Tensor, count: int) -> Tensor:
-        exponent = torch.arange(count, dtype=torch.float64, device=device) / count
-        return position.double()[:, None] * 10000.0**-exponent
-
-    grid = (len(frame_index), height, width)
-    time = angles(frame_index, pairs - 2 * spatial)[:, None, None, :].expand(*grid, -1)
-    row = angles(torch.arange(height, device=device), spatial)[None, :, None, :].expand(*grid, -1)
-    column = angles(torch.arange(width, device=device), spatial)[None, None, :, :].expand(*grid, -1)
-    table = torch.cat([time, row, column], dim=-1).reshape(-1, 1, pairs)
-    return table.cos().float(), table.sin().float()
-
-
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of x [B, T, H, d] by the angles of ``rope``, in float32."""
-    cos, sin = rope
-    pairs = x.float().unflatten(-1, (-1, 2))
-    # (a, b) becomes (a cos - b sin, b cos + a sin). Without a concatenation it is one GPU kernel with what is around it.
-    sign = torch.arange(-1, 2, 2, device=x.device)
-    return (pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * sign)).flatten(-2).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the dtype of x and of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
-
-
-class TwoLayer(nn.Module):
-    """Linear, activation, linear: the timestep and the text embedder."""
-
-    def __init__(self, in_dim: int, dim: int, activation: nn.Module):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.activation = activation
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class ConditionEmbedder(nn.Module):
-    """Embeds what the network is conditioned on: the timestep of every frame, and the prompt."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, F or 1] timesteps to the embedding [B, F or 1, D] and the blocks' modulation [B, F or 1, 6, D]."""
-        sinusoid = sinusoidal_embedding(timestep, self.freq_dim).to(self.time_proj.weight.dtype)
-        embedding = self.time_embedder(sinusoid)
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
-
-
-def places(modules: Iterable[nn.Module]) -> list[int]:
-    """Where in memory the weights of ``modules`` are."""
-    return [tensor.data_ptr() for module in modules for tensor in chain(module.parameters(), module.buffers())]
-
-
-def alike(linears: list[nn.Module]) -> bool:
-    """Whether one layer can take the place of all: of one type, quantized (or to be) one way, watched by no hook."""
-    kinds = {(type(linear), getattr(linear, "qconfig", None)) for linear in linears}
-    return len(kinds) == 1 and not any(linear._forward_pre_hooks for linear in linears)
-
-
-def fuse_linears(linears: list[nn.Module]) -> nn.Module:
-    """One linear layer [out1 + out2 + ..., in] for several that read the same input; they become views of it.
-
-    A quantized layer brings its own way, the class method ``fuse``.
-    """
-    if hasattr(type(linears[0]), "fuse"):
-        return type(linears[0]).fuse(linears)
-    ends = list(accumulate(linear.out_features for linear in linears))
-    weight, bias = (torch.cat([getattr(linear, name).data for linear in linears]) for name in ("weight", "bias"))
-    for linear, end in zip(linears, ends):
-        rows = slice(end - linear.out_features, end)
-        linear.weight.data, linear.bias.data = weight[rows], bias[rows]
-    fused = nn.Linear(linears[0].in_features, ends[-1], device="meta").requires_grad_(False)
-    fused.load_state_dict({"weight": weight, "bias": bias}, assign=True)
-    return fused.requires_grad_(False)
-
-
-class Attention(nn.Module):
-    """Projections of one attention; who attends to what is decided by the caller."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.to_q = nn.Linear(config.dim, config.dim)
-        self.to_k = nn.Linear(config.dim, config.dim)
-        self.to_v = nn.Linear(config.dim, config.dim)
-        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
-        self.fused: tuple[nn.Module, ...] = ()
-        """``to_q``, ``to_k`` and ``to_v`` as one layer, where ``fuse`` made it; in a tuple, so that it is no submodule."""
-        self.fused_places: list[int] = []
-
-    def fuse(self) -> None:
-        """Let queries, keys and values come from one product; again after the layers were replaced, loaded or moved.
-
-        Layers of different precision, and those that calibration watches, stay on their own.
-        """
-        layers = [self.to_q, self.to_k, self.to_v]
-        if not alike(layers):
-            self.fused = ()
-        elif not self.fused or self.fused_places != places(layers):
-            self.fused = ()  # so that a stale one does not stay in memory beside the new
-            self.fused = (fuse_linears(layers),)
-            self.fused_places = places(layers)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, ..., D] to [B, tokens, H, d]."""
-        return x.reshape(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
-
-    def query(self, x: Tensor) -> Tensor:
-        return self.split_heads(self.norm_q(self.to_q(x)))
-
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split_heads(self.norm_k(self.to_k(x))), self.split_heads(self.to_v(x))
-
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.fused:
-            return self.query(x), *self.key_value(x)
-        q, k, v = self.fused[0](x).chunk(3, dim=-1)
-        return self.split_heads(self.norm_q(q)), self.split_heads(self.norm_k(k)), self.split_heads(v)
-
-
-class GELUProjection(nn.Module):
-    """Linear followed by GELU in its tanh form: (1 + tanh(u)) / 2 is written as sigmoid(2u), a third of a GPU's work."""
-
-    def __init__(self, dim: int, ffn_dim: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        y = x.float()
-        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).to(x.dtype)
-
-
-class FeedForward(nn.Module):
-    """D to ``ffn_dim`` and back; index 1 of ``net`` is where diffusers keeps a dropout."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.net = nn.Sequential(
-            GELUProjection(config.dim, config.ffn_dim), nn.Identity(), nn.Linear(config.ffn_dim, config.dim)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        project, _, out = self.net
-        if hasattr(out, "forward_gelu"):  # quantizes its input: one kernel with GELU
-            return out.forward_gelu(project.proj(x))
-        return self.net(x)
+RotaryEmb = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary position embedding."""
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over time and space, cross-attention to the prompt, feed-forward.
-
-    There is no ``forward``: self-attention, which needs the cache, stands between the two halves.
-    """
+    """Self-attention over the window of frames, cross-attention to the prompt, feed-forward."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.norm1 = FP32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.attn1 = Attention(config)
-        self.norm2 = LayerNorm(config.dim, config.eps)
+        self.norm2 = FP32LayerNorm(config.dim, config.eps)
         self.attn2 = Attention(config)
-        self.norm3 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.norm3 = FP32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = FeedForward(config)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """The six shifts, scales and gates, each [B, F or 1, 1, D], for time [B, F or 1, 6, D]."""
-        return (self.scale_shift_table + time).float().split(1, dim=2)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: RotaryEmb,
+        encoder_kv: tuple[Tensor, Tensor],
+        self_attention: CausalSelfAttention,
+        qkv_buffers: QKVBuffers,
+    ) -> Tensor:
+        """Compute one layer.
 
-    def before_attention(self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, ...]) -> None:
-        """Of x [B, F, S, D], write rotated queries, rotated keys, and values, each [B, F*S, H, d], to ``room``."""
-        shift, scale, *_ = self.modulation(time)
-        hidden = (self.norm1(x) * (1 + scale) + shift).to(x.dtype)
-        query, key, value = self.attn1.query_key_value(hidden)
-        for place, tensor in zip(room, (apply_rope(query, rope), apply_rope(key, rope), value)):
-            place.copy_(saturating_cast(tensor, place.dtype).view(place.shape))
+        Args:
+            hidden_states: [B, F, S, D].
+            temb: modulation by the timestep [B, F or 1, 6, D].
+            rotary_emb: for the frames' positions.
+            encoder_kv: this layer's keys and values of the prompt [B, L, H, d].
+            self_attention: this layer's attention to the cache.
+            qkv_buffers: where it wants its inputs.
 
-    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """What follows self-attention: x [B, F, S, D] and its result [B, F*S, ..., D] to the block's output [B, F, S, D]."""
-        *_, gate_attn, shift, scale, gate_ffn = self.modulation(time)
-        x = (x + self.attn1.to_out[0](attended.flatten(2)).view_as(x) * gate_attn).to(x.dtype)
-        attended = attention(self.attn2.query(self.norm2(x).to(x.dtype)), *text)
-        x = x + self.attn2.to_out[0](attended).view_as(x)
-        hidden = (self.norm3(x) * (1 + scale) + shift).to(x.dtype)
-        return (x + self.ffn(hidden) * gate_ffn).to(x.dtype)
+        Returns:
+            [B, F, S, D].
+        """
+        modulation = (self.scale_shift_table + temb).float().split(1, dim=2)
+        shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = modulation
+
+        # 1. Self-attention
+        norm_hidden_states = (self.norm1(hidden_states) * (1 + scale_msa) + shift_msa).to(hidden_states.dtype)
+        query, key, value = self.attn1.query_key_value(norm_hidden_states)
+        if qkv_buffers.key_unrotated is not None:
+            qkv_buffers.key_unrotated.copy_(key)
+        query = write(qkv_buffers.query, apply_rope(query, rotary_emb))
+        key = write(qkv_buffers.key, apply_rope(key, rotary_emb))
+        value = value if qkv_buffers.value is None else write(qkv_buffers.value, value)
+        attn_output = self_attention(query, key, value, qkv_buffers.key_unrotated)  # not compiled
+        attn_output = self.attn1.to_out[0](attn_output.flatten(2))
+        hidden_states = (hidden_states + attn_output.view_as(hidden_states) * gate_msa).to(hidden_states.dtype)
+
+        # 2. Cross-attention
+        query = self.attn2.query(self.norm2(hidden_states).to(hidden_states.dtype))
+        attn_output = self.attn2.to_out[0](attention(query, *encoder_kv))
+        hidden_states = hidden_states + attn_output.view_as(hidden_states)
+
+        # 3. Feed-forward
+        norm_hidden_states = (self.norm3(hidden_states) * (1 + c_scale_msa) + c_shift_msa).to(hidden_states.dtype)
+        return (hidden_states + self.ffn(norm_hidden_states) * c_gate_msa).to(hidden_states.dtype)
+
+
+def write(buffer: Tensor, tensor: Tensor) -> Tensor:
+    """Write ``tensor`` to ``buffer`` in the buffer's dtype and shape, and return the buffer."""
+    return buffer.copy_(saturating_cast(tensor, buffer.dtype).view(buffer.shape))
 
 
 class CausalWanTransformer(nn.Module):
-    """Predicts the flow (noise - clean) of a block of latent frames, given what the cache holds of earlier ones."""
+    """Predict the flow (noise - clean) of a block of latent frames, given what the cache holds of earlier frames."""
 
     patch_size = (1, 2, 2)
 
@@ -312,100 +101,93 @@ class CausalWanTransformer(nn.Module):
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, self.patch_size, self.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.norm_out = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.blocks: Any = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = FP32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
-        self.parallel: SequenceParallel | None = None
-        """The ranks that each work on some tokens of every frame; what comes in and goes out is whole."""
+        self.context_parallel: ContextParallel | None = None
+        """The ranks that each compute some tokens of every frame; inputs and outputs are whole."""
 
-    def fuse_qkv(self) -> None:
-        """Compute the queries, keys and values of self-attention in one product each; names and weights stay."""
+    def fuse_qkv_projections(self) -> None:
+        """Compute the queries, keys and values of every self-attention as one product. Names and weights stay."""
         for block in self.blocks:
             block.attn1.fuse()
 
     def embed_text(self, prompt_embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Prompt embeddings [B, L, text_dim] to every layer's cross-attention keys and values [B, L, H, d]."""
+        """Return every layer's cross-attention keys and values [B, L, H, d] of prompt embeddings [B, L, text_dim]."""
         text = self.condition_embedder.text_embedder(prompt_embeds)
         return [block.attn2.key_value(text) for block in self.blocks]
 
-    def rope(self, frame_index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The rotary table of the latent frames at positions ``frame_index`` [F] of ``height`` x ``width`` pixels."""
-        table = rope_table(frame_index, height // 2, width // 2, self.config.head_dim)
-        if self.parallel is None:
-            return table
-        return tuple(
-            self.parallel.own(part.view(1, len(frame_index), -1, part.shape[-1])).flatten(0, 2)[:, None]
-            for part in table
-        )
+    def rotary_emb(self, positions: Sequence[int], height: int, width: int, cached: bool = False) -> RotaryEmb:
+        """Return the rotary table of latent frames of ``height`` x ``width`` pixels at ``positions``.
 
-    def forward(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], cache) -> Tensor:
-        """Predict the flow.
+        On several ranks it is that of this rank's tokens: those it computes, or, with ``cached``, those in its cache.
+        """
+        cos, sin = rope_table(torch.tensor(positions), height // 2, width // 2, self.config.head_dim)
+        parallel = self.context_parallel
+        if parallel is not None:
+            shard = parallel.ring_shard if cached else parallel.shard
+            frames = (part.view(1, len(positions), -1, part.shape[-1]) for part in (cos, sin))
+            cos, sin = (shard(part).flatten(0, 2)[:, None] for part in frames)
+        device = self.scale_shift_table.device
+        return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        rotary_emb: RotaryEmb,
+        encoder_kv: list[tuple[Tensor, Tensor]],
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """Predict the flow and store the frames' keys and values.
 
         Args:
             latents: noisy latents [B, F, C, h, w]; h and w are even.
-            timestep: [B, F], in [0, 1000], or [B, 1] where it is the same for all frames.
-            rope: what ``self.rope`` gives for these frames.
-            cache: has ``text``, what ``self.embed_text`` gives; ``room(layer)``, three tensors [B, F*S, H, d] that the
-                block's queries, keys and values are written to; and ``attend(layer)``, which then returns the
-                self-attention's result [B, F*S, D]. H and D may come in two dimensions. See ``KVCache``.
+            timestep: [B, F] in [0, 1000], or [B, 1] where it is the same for all frames.
+            rotary_emb: what ``self.rotary_emb`` returns for these frames.
+            encoder_kv: what ``embed_text`` returns.
+            kv_cache: told by ``set_positions`` which frames these are.
 
         Returns:
             The flow [B, F, C, h, w] in the dtype of ``latents``.
         """
-        x, embedding, time = self.enter(latents, timestep, rope, cache.room(0))
-        for layer, (block, following) in enumerate(pairwise(self.blocks)):
-            attended = cache.attend(layer)
-            x = self.between(block, following, x, attended, time, rope, cache.text[layer], cache.room(layer + 1))
-        last = len(self.blocks) - 1
-        tokens = self.leave(x, cache.attend(last), embedding, time, cache.text[last])
-        return self.unpatch(tokens if self.parallel is None else self.parallel.whole(tokens), latents)
+        embedding, temb = self.condition_embedder.embed_time(timestep)
+        hidden_states = self.patchify(latents)
+        batch, frames, tokens, _ = hidden_states.shape
+        shape = (batch, frames * tokens, self.config.num_heads, self.config.head_dim)
+        for layer, block in enumerate(self.blocks):
+            self_attention = CausalSelfAttention(layer, kv_cache, self.context_parallel)
+            qkv_buffers = self_attention.qkv_buffers(shape)
+            hidden_states = block(hidden_states, temb, rotary_emb, encoder_kv[layer], self_attention, qkv_buffers)
+        out = self.project_out(hidden_states, embedding)
+        return self.unpatchify(out if self.context_parallel is None else self.context_parallel.all_gather(out), latents)
 
-    # All that is not self-attention is in these three. They depend on nothing that changes from block to block of the
-    # video, so that what ``compile`` makes of each serves every layer and every block.
+    def compile_repeated_blocks(self) -> None:
+        """Compile the blocks, one code for all of them, and the output projection. A second call does nothing."""
+        from inferix.runtime.inductor import compile_forward  # takes seconds to import
 
-    def enter(self, latents: Tensor, timestep: Tensor, rope: tuple[Tensor, Tensor], room: tuple[Tensor, ...]):
-        """All before the first self-attention."""
-        embedding, time = self.condition_embedder.embed_time(timestep)
-        x = self.embed_patches(latents)
-        self.blocks[0].before_attention(x, time, rope, room)
-        return x, embedding, time
+        compile_forward(self.blocks)
+        if "project_out" not in vars(self):
+            self.project_out = torch.compile(self.project_out, dynamic=False)  # type: ignore[method-assign]
 
-    @staticmethod
-    def between(block, following, x: Tensor, attended: Tensor, time: Tensor, rope, text, room) -> Tensor:
-        """From one block's self-attention to the next one's."""
-        x = block.after_attention(x, attended, time, text)
-        following.before_attention(x, time, rope, room)
-        return x
-
-    def leave(self, x: Tensor, attended: Tensor, embedding: Tensor, time: Tensor, text) -> Tensor:
-        """All after the last self-attention."""
-        return self.project_out(self.blocks[-1].after_attention(x, attended, time, text), embedding)
-
-    def compile(self) -> None:
-        """Let ``torch.compile`` fuse norms, modulation, rotation and quantization into few kernels."""
-        from inferix.models.inductor import whole_rows  # seconds to import, and of no use on a CPU
-
-        for part in ("enter", "between", "leave"):
-            setattr(self, part, torch.compile(getattr(self, part), backend=whole_rows, dynamic=False))
-
-    def embed_patches(self, latents: Tensor) -> Tensor:
-        """Latents [B, F, C, h, w] to tokens [B, F, S, D]: the patch convolution, as one product."""
+    def patchify(self, latents: Tensor) -> Tensor:
+        """Return the tokens [B, F, S, D] of latents [B, F, C, h, w]: the patch convolution, as one product."""
         tokens = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, F, C, h/2, 2, w/2, 2]
         tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
-        if self.parallel is not None:
-            tokens = self.parallel.own(tokens)
+        if self.context_parallel is not None:
+            tokens = self.context_parallel.shard(tokens)
         weight = self.patch_embedding.weight
         return F.linear(tokens.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
-    def project_out(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens [B, F, S, D] to those of the flow [B, F, S, 4*C]."""
+    def project_out(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        """Return the flow's tokens [B, F, S, 4*C] of hidden states [B, F, S, D]."""
         shift, scale = (self.scale_shift_table + embedding[:, :, None]).float().split(1, dim=2)
-        return self.proj_out((self.norm_out(x) * (1 + scale) + shift).to(x.dtype))
+        return self.proj_out((self.norm_out(hidden_states) * (1 + scale) + shift).to(hidden_states.dtype))
 
     @staticmethod
-    def unpatch(tokens: Tensor, latents: Tensor) -> Tensor:
-        """Tokens of the flow [B, F, S, 4*C] to the flow, shaped like ``latents``."""
+    def unpatchify(tokens: Tensor, latents: Tensor) -> Tensor:
+        """Return the flow, shaped like ``latents``, of its tokens [B, F, S, 4*C]."""
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
         out = tokens.unflatten(-1, (2, 2, -1)).unflatten(2, (height, width))  # [B, F, h/2, w/2, 2, 2, C]
         return out.permute(0, 1, 6, 2, 4, 3, 5).reshape_as(latents).to(latents.dtype)

@@ -1,6 +1,6 @@
-"""A decoder for the Wan 2.1 video VAE that goes on block after block and holds its memory still.
+"""A streaming decoder for the Wan 2.1 video VAE with static memory.
 
-It takes its weights from diffusers' ``AutoencoderKLWan`` and computes the same function. What makes it fast:
+It takes its weights from diffusers' ``AutoencoderKLWan`` and computes the same function, block by block. Why it is fast:
 
 - Activations are [B, T, H, W, C] everywhere. A convolution reads them, permuted, as channels-last, so that no layout is
   ever converted, and the norm over channels is a norm over rows.
@@ -14,6 +14,7 @@ Shapes: B batch, T frames, H x W pixels and C channels at the layer's place.
 
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +26,22 @@ EPSILON = 1e-24
 
 
 def as_base(tensor: Tensor) -> Tensor:
-    """The same memory, not known to be a view: for a view the compiler starts anew with every shape of its base.
+    """Return a tensor on the same memory that is not a view: for a view the compiler starts anew with every base shape.
 
-    Parameters stay what they are, which tells the compiler to take their shape, the channels, as fixed.
+    Parameters are returned as they are, so that the compiler takes their shape, the channels, as fixed.
     """
     return tensor if isinstance(tensor, nn.Parameter) else tensor.data
 
 
 def compiled_on_gpu(function: Callable) -> Callable:
-    """Compile ``function`` where its first argument is on a GPU; a CPU need not have a C++ compiler.
+    """Compile ``function`` for calls whose first argument is on a GPU; on a CPU there may be no C++ compiler.
 
     With dynamic shapes: one kernel serves every resolution and length.
     """
     compiled = cache(lambda: torch.compile(function, dynamic=True))
 
     @wraps(function)
-    def call(*tensors: Tensor):
+    def call(*tensors: Tensor) -> Any:
         return compiled()(*map(as_base, tensors)) if tensors[0].is_cuda else function(*tensors)
 
     return call
@@ -86,16 +87,16 @@ def rows(x: Tensor) -> Tensor:
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A copy that shares no memory with the source model, so that this can be freed."""
+    """Return a copy that shares no memory with the source model, so that the model can be freed."""
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
-class Clip:
-    """What the decoder remembers of a clip: the last two frames that each causal convolution read, zeros before any."""
+class FeatCache:
+    """The last frames that each causal convolution read; zeros at the start of a clip."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.first = True
-        """Nothing of the clip is decoded yet."""
+        """Whether no frame of the clip has been decoded yet."""
         self.last: dict[nn.Module, Tensor] = {}
 
     def restart(self) -> None:
@@ -103,17 +104,20 @@ class Clip:
         if self.last:
             torch._foreach_zero_(list(self.last.values()))
 
-    def behind(self, reader: nn.Module, x: Tensor) -> Tensor:
-        """[B, 2+T, H, W, C] for x [B, T, H, W, C]: the two frames before x, and room for it (or what is made of it)."""
-        batch, time, *rest = x.shape
+    def prepend(self, reader: nn.Module, x: Tensor, num: int = 2, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a buffer [B, num+T, H, W, C] that begins with the ``num`` frames before x.
+
+        ``shape`` is that of the frames to follow [B, T, H, W, C]; None: that of x.
+        """
+        batch, time, *rest = shape or x.shape
         if reader not in self.last:
-            self.last[reader] = x.new_zeros(batch, 2, *rest)
-        frames = x.new_empty(batch, 2 + time, *rest)
-        frames[:, :2] = self.last[reader]
+            self.last[reader] = x.new_zeros(batch, num, *rest)
+        frames = x.new_empty(batch, num + time, *rest)
+        frames[:, :num] = self.last[reader]
         return frames
 
-    def keep(self, reader: nn.Module, frames: Tensor) -> None:
-        self.last[reader].copy_(frames[:, -2:])
+    def store(self, reader: nn.Module, frames: Tensor) -> None:
+        self.last[reader].copy_(frames[:, -self.last[reader].shape[1] :])
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
@@ -126,22 +130,22 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, i
 class CausalConv3d(nn.Module):
     """Convolves every frame together with the two before it."""
 
-    def __init__(self, source: nn.Conv3d, bias: bool):
+    def __init__(self, source: Any, bias: bool):
         super().__init__()
         self.weight = frozen(source.weight.contiguous(memory_format=torch.channels_last_3d))
         self.bias = frozen(source.bias) if bias else None
         self.padding = (0, source.kernel_size[1] // 2, source.kernel_size[2] // 2)
 
-    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
-        """[B, 2+T, H, W, C], which ``clip.behind`` made, to [B, T, H, W, C']."""
-        clip.keep(self, frames)
+    def forward(self, frames: Tensor, feat_cache: FeatCache) -> Tensor:
+        """Convolve [B, 2+T, H, W, C], which ``feat_cache.prepend`` returned, to [B, T, H, W, C']."""
+        feat_cache.store(self, frames)
         return conv3d(frames.permute(0, 4, 1, 2, 3), self.weight, self.bias, self.padding).permute(0, 2, 3, 4, 1)
 
 
 class Norm(nn.Module):
-    """RMS norm over channels and SiLU, in float32, of the sum of x, the bias that x still lacks, and the residual."""
+    """RMS norm over channels and SiLU, in float32, of the sum of x, the bias that was not added to x yet, and the residual."""
 
-    def __init__(self, source: nn.Module, bias: Tensor | None):
+    def __init__(self, source: Any, bias: Tensor | None):
         super().__init__()
         self.gamma = frozen(source.gamma.flatten())
         self.bias = frozen(torch.zeros_like(self.gamma) if bias is None else bias)
@@ -157,12 +161,11 @@ class Norm(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm and convolution, twice, added to the input.
 
-    The sum is left to the next layer: a layer takes and returns ``x`` and the ``residual`` it is to be added to, or None
-    in its place where ``x`` is complete.
+    The sum is left to the next layer: a layer takes and returns ``x`` and the ``residual`` to add to it, None if there is none.
     """
 
-    def __init__(self, source: nn.Module, bias: Tensor | None):
-        """``bias`` is what ``x`` lacks: that of the convolution before."""
+    def __init__(self, source: Any, bias: Tensor | None):
+        """``bias`` is that of the convolution before, which has not been added to ``x`` yet."""
         super().__init__()
         self.norm1 = Norm(source.norm1, bias)
         self.conv1 = CausalConv3d(source.conv1, bias=False)
@@ -170,36 +173,38 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(source.conv2, bias=False)
         self.shortcut = None
         if isinstance(source.conv_shortcut, nn.Conv3d):
-            self.shortcut = frozen(source.conv_shortcut.weight.flatten(1))
-            self.shortcut_bias = frozen(source.conv_shortcut.bias)
+            shortcut: Any = source.conv_shortcut
+            self.shortcut = frozen(shortcut.weight.flatten(1))
+            self.shortcut_bias = frozen(shortcut.bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None, clip: Clip) -> tuple[Tensor, Tensor]:
-        frames = clip.behind(self.conv1, x)
+    def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
+        frames = feat_cache.prepend(self.conv1, x)
         residual = self.norm1(x, residual, frames[:, 2:])
         if self.shortcut is not None:
             residual = F.linear(residual, self.shortcut, self.shortcut_bias)
-        x = self.conv1(frames, clip)
+        x = self.conv1(frames, feat_cache)
         del frames  # so that its memory serves for the next
-        frames = clip.behind(self.conv2, x)
+        frames = feat_cache.prepend(self.conv2, x)
         self.norm2(x, None, frames[:, 2:])
-        return self.conv2(frames, clip), residual
+        return self.conv2(frames, feat_cache), residual
 
 
 class Attention(nn.Module):
     """Self-attention with one head within every frame."""
 
-    def __init__(self, source: nn.Module, bias: Tensor):
+    def __init__(self, source: Any, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
         self.gamma = frozen(source.norm.gamma.flatten())
         self.qkv, self.qkv_bias = frozen(source.to_qkv.weight.flatten(1)), frozen(source.to_qkv.bias)
         self.proj, self.proj_bias = frozen(source.proj.weight.flatten(1)), frozen(source.proj.bias)
 
-    def forward(self, x: Tensor, residual: Tensor, clip: Clip) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(rows(residual), rows(x), self.bias).view_as(x)
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).flatten(0, 1).flatten(1, 2)[:, None]  # [B*T, 1, H*W, 3*C]
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        query, key, value = qkv.chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value)
         return x + F.linear(attended, self.proj, self.proj_bias).view_as(x), None
 
 
@@ -210,7 +215,7 @@ class Upsample(nn.Module):
     output pixel of a 2x2 group sees only 2x2 different input pixels. That is 4/9 of the arithmetic.
     """
 
-    def __init__(self, source: nn.Module, bias: Tensor):
+    def __init__(self, source: Any, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
         self.time_conv = CausalConv3d(source.time_conv, bias=True) if hasattr(source, "time_conv") else None
@@ -223,20 +228,21 @@ class Upsample(nn.Module):
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))  # [2*2*C', C, 2, 2]
         self.conv_bias = frozen(conv.bias)
 
-    def forward(self, x: Tensor, residual: Tensor, clip: Clip) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(rows(residual), rows(x), self.bias).view_as(x)
         if self.time_conv is not None:
-            if not clip.first:
-                x = self.double(x, clip)
+            if not feat_cache.first:
+                x = self.double_frames(self.time_conv, x, feat_cache)
             elif x.shape[1] > 1:  # the clip's first frame stays one, and is not seen by those after it
-                x = torch.cat([x[:, :1], self.double(x[:, 1:], clip)], dim=1)
+                x = torch.cat([x[:, :1], self.double_frames(self.time_conv, x[:, 1:], feat_cache)], dim=1)
         return self.enlarge(x), None
 
-    def double(self, x: Tensor, clip: Clip) -> Tensor:
+    @staticmethod
+    def double_frames(time_conv: CausalConv3d, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, T, H, W, C] to [B, 2*T, H, W, C]."""
-        frames = clip.behind(self.time_conv, x)
+        frames = feat_cache.prepend(time_conv, x)
         frames[:, 2:] = x
-        pairs = self.time_conv(frames, clip).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
+        pairs = time_conv(frames, feat_cache).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
         return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
     def enlarge(self, x: Tensor) -> Tensor:
@@ -257,10 +263,10 @@ class Head(nn.Module):
     """The last norm and convolution, to pixels.
 
     With three output channels a 3x3x3 convolution leaves the hardware idle. Here every frame is convolved once, for all
-    three places in time that it can take (nine channels), and what to remember of a frame is those nine.
+    three places in time that it can take (nine channels), and those nine are what is kept of a frame.
     """
 
-    def __init__(self, norm: nn.Module, conv: nn.Conv3d, bias: Tensor):
+    def __init__(self, norm: Any, conv: Any, bias: Tensor):
         super().__init__()
         self.norm = Norm(norm, bias)
         weight = conv.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first
@@ -268,15 +274,15 @@ class Head(nn.Module):
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))
         self.bias = frozen(conv.bias)
 
-    def forward(self, x: Tensor, residual: Tensor, clip: Clip) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> Tensor:
         """To pixels [B, T, 3, H, W] in [0, 1], float32."""
         normed = torch.empty_like(x)
         self.norm(x, residual, normed)
         taps = F.conv2d(normed.flatten(0, 1).permute(0, 3, 1, 2), self.weight, padding=1).permute(0, 2, 3, 1)
         taps = taps.unflatten(0, x.shape[:2])
-        frames = clip.behind(self, taps)
+        frames = feat_cache.prepend(self, taps)
         frames[:, 2:] = taps
-        clip.keep(self, frames)
+        feat_cache.store(self, frames)
         return to_pixels(frames, self.bias)
 
 
@@ -303,72 +309,72 @@ class VAEDecoder(nn.Module):
                 layers.append(Upsample(block.upsamplers[0], bias))
                 bias = None
         self.layers = nn.ModuleList(layers)
-        self.single = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
-        """From this layer on frames are not doubled any more."""
+        self.last_upsample = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
+        """The first layer behind the last one that doubles the frames."""
         self.head = Head(source.norm_out, source.conv_out, bias)
 
-    def forward(self, latents: Tensor, clip: Clip, frame_by_frame: bool = False) -> Tensor:
+    def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:
         """Latents [B, F, 16, h, w], not normalised, to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.
 
         The clip's first latent frame becomes one pixel frame, every other four; ``frame_by_frame`` these go through the
         last layers, the ones that take the memory.
         """
         x = F.linear(latents.permute(0, 1, 3, 4, 2).to(self.post_quant.dtype), self.post_quant, self.post_quant_bias)
-        frames = clip.behind(self.conv_in, x)
+        frames = feat_cache.prepend(self.conv_in, x)
         frames[:, 2:] = x
-        x, residual = self.conv_in(frames, clip), None
-        for layer in self.layers[: self.single]:
-            x, residual = layer(x, residual, clip)
-        pixels = [self.finish(part, clip) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
-        clip.first = False
+        x, residual = self.conv_in(frames, feat_cache), None
+        for layer in self.layers[: self.last_upsample]:
+            x, residual = layer(x, residual, feat_cache)
+        pixels = [self.finish(part, feat_cache) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
+        feat_cache.first = False
         return pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)
 
-    def finish(self, x: Tensor, clip: Clip) -> Tensor:
-        """The layers from ``single`` on: [B, t, H, W, C] to pixels."""
+    def finish(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        """Apply the layers from ``last_upsample`` on: [B, t, H, W, C] to pixels."""
         residual = None
-        for layer in self.layers[self.single :]:
-            x, residual = layer(x, residual, clip)
-        return self.head(x, residual, clip)
+        for layer in self.layers[self.last_upsample :]:
+            x, residual = layer(x, residual, feat_cache)
+        return self.head(x, residual, feat_cache)
 
 
 class ClipDecoder:
-    """Decodes clips of one shape, one after the other; on a GPU from CUDA graphs, unless it is to be ``frugal``.
+    """Decode clips of one shape, one after the other; on a GPU from CUDA graphs, unless ``low_memory``.
 
     The first call of each kind runs as it is, which compiles and lets cuDNN choose its algorithms, and is then captured.
     """
 
-    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], frugal: bool):
+    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], low_memory: bool):
         """``shape`` is (B, h, w)."""
         self.decoder = decoder
         self.shape = shape
-        self.frugal = frugal
-        self.clip = Clip()
+        self.low_memory = low_memory
+        self.feat_cache = FeatCache()
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        """By number of latent frames and whether they begin the clip: the graph, its input and its output."""
+        """The graph, its input and its output, by number of latent frames and whether they begin the clip."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         """As ``VAEDecoder.forward``."""
-        if self.frugal:
-            return self.decoder(latents, self.clip, frame_by_frame=True)
+        if self.low_memory:
+            return self.decoder(latents, self.feat_cache, frame_by_frame=True)
         if not latents.is_cuda:
-            return self.decoder(latents, self.clip)
-        kind = (latents.shape[1], self.clip.first)
+            return self.decoder(latents, self.feat_cache)
+        kind = (latents.shape[1], self.feat_cache.first)
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             if kind not in self.graphs:
-                pixels = self.decoder(latents, self.clip)
+                pixels = self.decoder(latents, self.feat_cache)
                 self.capture(latents, kind)
                 return pixels
         graph, static, pixels = self.graphs[kind]
         static.copy_(latents)
         graph.replay()
-        self.clip.first = False
+        self.feat_cache.first = False
         return pixels.clone()
 
     def capture(self, latents: Tensor, kind: tuple[int, bool]) -> None:
-        """Capturing runs nothing, so that what the clip remembers stays as it is."""
-        static, self.clip.first = latents.clone(), kind[1]
+        """Capture a call. Nothing runs, so that the feature cache stays as it is."""
+        static, self.feat_cache.first = latents.clone(), kind[1]
         pool = next((graph.pool() for graph, *_ in self.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            pixels = self.decoder(static, self.clip)
+            pixels = self.decoder(static, self.feat_cache)
         self.graphs[kind] = (graph, static, pixels)

@@ -1,17 +1,20 @@
 """CausVid (https://arxiv.org/abs/2412.07772): long videos as rollouts that overlap."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
-from inferix.models.vae import StreamingDecoder
-from inferix.pipelines.base import Pipeline, Sink, joined, save
+from inferix.pipelines.pipeline import Pipeline, write_videos
 from inferix.video import safe_file_name
+
+RolloutPrompt = str | Iterator[str]
+"""A prompt for a whole rollout, or an iterator that is asked before each of its blocks."""
 
 
 class CausVidPipeline(Pipeline):
@@ -27,6 +30,10 @@ class CausVidPipeline(Pipeline):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         transformer_weights: bool = True,
+        vae: str = "full",
+        tiny_vae_path: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
         super().__init__(
             config_path,
@@ -37,51 +44,52 @@ class CausVidPipeline(Pipeline):
             device,
             dtype,
             transformer_weights,
+            vae,
+            tiny_vae_path,
+            height,
+            width,
         )
-
-    def load_checkpoint(self, path: str | Path, use_ema: bool = False) -> None:
-        """Load ``model.pt`` in the folder ``path``, where it may be in ``autoregressive_checkpoint`` as it is downloaded.
-
-        ``path`` may also be the file itself.
-        """
-        path = Path(path)
-        if path.is_dir():
-            downloaded = path / "autoregressive_checkpoint" / "model.pt"
-            path = downloaded if downloaded.is_file() else path / "model.pt"
-        self._load(path, "generator_ema" if use_ema else "generator")
 
     def stream(
         self,
-        prompts: str | Iterable[str],
+        prompts: str | Iterable[RolloutPrompt],
         num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the video block after block, without end-of-rollout frames that the next rollout generates again.
+        """Yield the video block by block, without the last frames of a rollout that the next one generates again.
 
         Args:
-            prompts: one string (or a list of one) for all rollouts, a list with one a rollout, or an iterator, which is
-                asked for the next prompt when its rollout begins and may end the video by ending.
-            num_rollout: rollouts; None: as many as there are prompts (one prompt: for ever).
-            num_overlap_frames: latent frames that a rollout takes over from the one before, a multiple of the block.
+            prompts: one string (or a list of one) for all rollouts, a list with one for each rollout, or an iterator that is
+                asked when a rollout begins and may end the video by ending. An iterator in place of a string is asked
+                before each block of its rollout.
+            num_rollout: rollouts; None: as many as there are prompts (one prompt: without end).
+            num_overlap_frames: latent frames that a rollout takes over from the one before, a multiple of the block size.
             num_frames: latent frames of a rollout, those taken over included.
             generator: source of all random draws.
 
         Yields:
-            Frames [1, t, 3, H, W] in [0, 1].
+            Frames [1, t, 3, H, W] in [0, 1], float32.
+
+        Raises:
+            InputError: if the numbers do not make a video, or a prompt is empty.
         """
         prompts = as_list(prompts)
-        self.check(prompts, num_rollout, num_overlap_frames, num_frames)
-        repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one makes anew
+        self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
+        repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
         start_latents = None
         for prompt in islice(each_rollout(prompts), num_rollout):
-            embeds = self.timed("encode prompt", self._encode, [prompt])
+            if isinstance(prompt, str):
+                embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
+            else:
+                embeds = self._embeddings([text] for text in prompt)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]
             blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)
-            decode, latents, held = StreamingDecoder(self.pipeline.vae), [], None
+            decode, latents = self.pipeline.vae.streaming_decoder(), list[Tensor]()
+            held: Any = None
             while (block := self.timed("denoise", next, blocks, None)) is not None:
                 latents.append(block)
                 pixels = self.timed("decode", decode, block)
@@ -89,73 +97,77 @@ class CausVidPipeline(Pipeline):
                 if pixels.shape[1] > repeated:
                     yield pixels[:, :-repeated]
                 held = pixels[:, -repeated:]
+            if sum(block.shape[1] for block in latents) < num_frames:  # the prompts have ended
+                return
             first = self.pipeline.vae.encode(held[:, :1] * 2 - 1)
             last = torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]
             start_latents = torch.cat([first, last], dim=1)
 
     def generate(
         self,
-        prompts: str | Iterable[str],
+        prompts: str | Iterable[RolloutPrompt],
         num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The joined pieces of ``stream``: a video [1, T, 3, H, W] in [0, 1]."""
-        return joined(self.stream(prompts, num_rollout, num_overlap_frames, num_frames, generator))
+        """Return the joined pieces of ``stream``: a video [1, T, 3, H, W] in [0, 1]."""
+        return torch.cat(list(self.stream(prompts, num_rollout, num_overlap_frames, num_frames, generator)), dim=1)
 
     def run_text_to_video(
         self,
-        prompts: str | Iterable[str],
+        prompts: str | Iterable[RolloutPrompt],
         output_folder: str | Path,
         num_rollout: int | None = 3,
         num_overlap_frames: int = 3,
         num_frames: int = 21,
         seed: int = 0,
         name: str | None = None,
-        sink: Sink = save,
-        steer: Callable[[Iterator[str]], Iterator[str]] = iter,
     ) -> list[Path]:
-        """Generate one video and save it as an MP4, named after the first prompt or ``name``; returns the file.
-
-        ``steer`` may change what the next rollout shows: it is given every rollout's prompt and gives the one to take.
-        """
+        """Generate one video, save it as an MP4 named after the first prompt or ``name``, and return the file."""
         prompts = as_list(prompts)
-        total = self.check(prompts, num_rollout, num_overlap_frames, num_frames)
+        num_blocks = self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
         name = name or safe_file_name(prompts[0] if isinstance(prompts, list) else "video")
         path = Path(output_folder) / f"{name}-{seed}.mp4"
-        rollouts = steer(each_rollout(prompts))
-        pieces = self.stream(rollouts, num_rollout, num_overlap_frames, num_frames, self.seeded(seed))
-        return sink(pieces, [path], total, "video")
+        pieces = self.stream(prompts, num_rollout, num_overlap_frames, num_frames, self.seeded(seed))
+        return write_videos(pieces, [path], num_blocks, "video")
 
-    def check(
-        self, prompts: list[str] | Iterator[str], num_rollout: int | None, num_overlap_frames: int, num_frames: int
+    def num_blocks(
+        self,
+        prompts: list[RolloutPrompt] | Iterator[RolloutPrompt],
+        num_rollout: int | None,
+        num_overlap_frames: int,
+        num_frames: int,
     ) -> int | None:
-        """Pieces that ``stream`` yields, None where that is open. Raises InputError where the numbers do not make one."""
+        """Return the number of pieces that ``stream`` yields, None where that is open.
+
+        Raises InputError where the numbers do not make a video.
+        """
         size = self.config.num_frame_per_block
         if num_rollout is not None and num_rollout < 1:
             raise InputError(f"num_rollout must be at least 1, not {num_rollout}")
         if num_frames < 1 or num_frames % size:
-            raise InputError(f"a rollout of {num_frames} latent frames is no multiple of the block of {size}")
+            raise InputError(f"a rollout of {num_frames} latent frames is no multiple of the block size {size}")
         if num_overlap_frames < 1 or num_overlap_frames % size or num_overlap_frames >= num_frames:
             raise InputError(
-                f"num_overlap_frames must be a multiple of {size} below the rollout's {num_frames}, "
+                f"num_overlap_frames must be a multiple of {size} from {size} to below the rollout's {num_frames}, "
                 f"not {num_overlap_frames}"
             )
         if isinstance(prompts, list) and len(prompts) != 1:
             num_rollout = num_rollout or len(prompts)
             if len(prompts) != num_rollout or not prompts:
-                raise InputError(f"{len(prompts)} prompts for {num_rollout} rollouts: give one, or one for each")
+                rollouts = "1 rollout" if num_rollout == 1 else f"{num_rollout} rollouts"
+                raise InputError(f"{len(prompts)} prompts for {rollouts}: give one prompt, or one for each rollout")
         return None if num_rollout is None else num_rollout * (num_frames - num_overlap_frames) // size
 
 
-def as_list(prompts: str | Iterable[str]) -> list[str] | Iterator[str]:
-    """A string as a list of one, any collection as a list; an iterator stays one."""
+def as_list(prompts: str | Iterable[RolloutPrompt]) -> list[RolloutPrompt] | Iterator[RolloutPrompt]:
+    """Return a string as a list of one, any collection as a list, an iterator as it is."""
     if isinstance(prompts, str):
         return [prompts]
     return prompts if isinstance(prompts, Iterator) else list(prompts)
 
 
-def each_rollout(prompts: list[str] | Iterator[str]) -> Iterator[str]:
-    """One prompt a rollout; a single one for all of them."""
+def each_rollout(prompts: list[RolloutPrompt] | Iterator[RolloutPrompt]) -> Iterator[RolloutPrompt]:
+    """Return one prompt for each rollout; a single one for all of them."""
     return cycle(prompts) if isinstance(prompts, list) and len(prompts) == 1 else iter(prompts)

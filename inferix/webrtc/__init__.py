@@ -1,5 +1,4 @@
-"""Watch a video in a browser while it is being generated, and say what comes next."""
+"""A page on which a video is watched and steered while it is generated.
 
-from inferix.webrtc.live import Live, WebRTCConfig
-
-__all__ = ["Live", "WebRTCConfig"]
+``session.Session`` is what the generating thread and the page share; ``server.serve`` opens the page.
+"""

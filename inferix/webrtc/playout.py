@@ -27,12 +27,12 @@ class Playout:
     or not, so that a late viewer sees the stream from now on; where nothing new is queued it repeats the last frame.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.queue: deque[np.ndarray] = deque()
         self.lock = threading.Lock()
         self.dropped = 0
         self.paused = False
-        self.starved = -math.inf
+        self.last_underrun = -math.inf
         """When the clock last found nothing new to play (``time.monotonic``)."""
         self.last: np.ndarray | None = None
         self.tick: asyncio.Future | None = None
@@ -69,7 +69,7 @@ class Playout:
     def _take(self) -> None:
         with self.lock:
             if not self.queue:
-                self.starved = time.monotonic()
+                self.last_underrun = time.monotonic()
             elif not self.paused:
                 self.last = self.queue.popleft()
 
@@ -84,6 +84,7 @@ class ViewerTrack(MediaStreamTrack):
         self.playout = playout
 
     async def recv(self) -> VideoFrame:
+        assert self.playout.tick is not None  # the clock runs before anybody can connect
         planes, timestamp = await asyncio.shield(self.playout.tick)
         # A frame of its own for every viewer: encoders write the picture type they want into it.
         frame = VideoFrame.from_ndarray(planes, "yuv420p")

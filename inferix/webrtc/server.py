@@ -9,23 +9,23 @@ import re
 import socket
 import threading
 import unicodedata
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import aioice.ice
 from aiohttp import web
+from aiohttp.typedefs import Handler
+from aioice.ice import get_host_addresses
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from yarl import URL
 
 from inferix.errors import InputError
-from inferix.webrtc.playout import ViewerTrack
-
-if TYPE_CHECKING:
-    from inferix.webrtc.live import Live
+from inferix.webrtc.playout import Playout, ViewerTrack
+from inferix.webrtc.session import Session, WebRTCConfig
 
 log = logging.getLogger(__name__)
-for library in ("aiohttp", "aioice", "aiortc"):  # what strangers send is no news, unless somebody set up logging
+for library in ("aiohttp", "aioice", "aiortc"):  # what is wrong with a request goes to its sender
     logging.getLogger(library).addHandler(logging.NullHandler())
 
 MAX_BODY = 64 * 1024
@@ -33,36 +33,45 @@ MAX_PROMPT = 2000
 """Characters."""
 MAX_VIEWERS = 64
 CONNECT_SECONDS = 15
-"""A connection that has not come about by then is given up."""
+"""A connection that is not established by then is dropped."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; media-src blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
+@contextmanager
+def serve(config: WebRTCConfig) -> Iterator[Session]:
+    """Serve the page and give its session while entered. Raises InputError where host or port cannot be had."""
+    session = Session(config, Playout())
+    server = Server(session)
+    server.open()
+    try:
+        yield session
+    finally:
+        server.close()
+
+
 class Server:
     """HTTP and WebRTC on an event loop in a thread of its own."""
 
-    def __init__(self, live: "Live", host: str, port: int):
-        self.live = live
-        self.host, self.port = host, port
+    def __init__(self, session: Session):
+        self.session = session
+        self.host, self.port = session.config.host, session.config.port
         self.peers: set[RTCPeerConnection] = set()
-        self.watching: set[RTCPeerConnection] = set()
+        self.connected: set[RTCPeerConnection] = set()
+        self.media_addresses: list[str] = []
         self.page = Path(__file__).with_name("page.html").read_text()
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda loop, context: log.debug("%s", context))
         self.thread = threading.Thread(target=self.loop.run_forever, name="webrtc", daemon=True)
 
-    @property
-    def viewers(self) -> int:
-        return len(self.watching)
-
     def open(self) -> None:
         """Serve, and print where. Raises InputError where the address cannot be had."""
         self.thread.start()
         try:
-            self.url = self._call(self._open())
-        except (OSError, OverflowError) as error:
+            self.session.url = self._call(self._open())
+        except (OSError, OverflowError, UnicodeError) as error:
             self.close()
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             reason = "the port is taken" if taken else "no such address or port here"
@@ -70,10 +79,10 @@ class Server:
                 f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
                 "--webrtc_port (WEBRTC_PORT=...)"
             ) from None
-        print(f"watch it at {self.url}", flush=True)
+        print(f"watch it at {self.session.url}", flush=True)
 
     def close(self) -> None:
-        """Part with every viewer and stop serving, in about a second at most."""
+        """Close every connection and stop serving, in about a second at most."""
         self._call(self._close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
@@ -81,7 +90,7 @@ class Server:
     def _call(self, coroutine: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    # --- on the loop ---
+    # --- on the loop
 
     async def _open(self) -> str:
         app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
@@ -98,13 +107,11 @@ class Server:
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await self.runner.setup()
         await web.TCPSite(self.runner, self.host, self.port).start()
-        self.clock = asyncio.create_task(self.live.playout.run())
+        self.clock = asyncio.create_task(self.session.playout.run())
         address, port = self.runner.addresses[0][:2]
-        addresses = media_addresses({address for address, *_ in self.runner.addresses})
-        # aioice leaves 127.0.0.1 out. Video is offered where the page is, and nowhere else.
-        aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: addresses
+        self.media_addresses = media_addresses({address for address, *_ in self.runner.addresses})
         if ipaddress.ip_address(address).is_unspecified:
-            address = addresses[0]
+            address = self.media_addresses[0]
         return str(URL.build(scheme="http", host=address, port=port))
 
     async def _close(self) -> None:
@@ -115,7 +122,7 @@ class Server:
             task.cancel()
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse pages of other origins, and names that somebody else's DNS may have pointed at this machine."""
         origin = request.headers.get("Origin")
         if not self._is_own_name(request.host) or (origin is not None and origin.partition("://")[2] != request.host):
@@ -126,7 +133,7 @@ class Server:
 
     def _is_own_name(self, host: str) -> bool:
         try:
-            name = URL(f"http://{host}").host
+            name = URL(f"http://{host}").host or ""
             if name in ("localhost", self.host, socket.gethostname()):
                 return True
             ipaddress.ip_address(name)
@@ -139,11 +146,11 @@ class Server:
         return web.Response(text=self.page, content_type="text/html", headers=headers)
 
     async def _get_state(self, request: web.Request) -> web.Response:
-        return web.json_response(self.live.snapshot(), headers={"Cache-Control": "no-store"})
+        return web.json_response(self.session.snapshot(), headers={"Cache-Control": "no-store"})
 
     async def _get_file(self, request: web.Request) -> web.StreamResponse:
         """A file of this run, looked up by its name: no path is ever made from the request."""
-        path = self.live.files.get(request.match_info["name"])
+        path = self.session.files.get(request.match_info["name"])
         if path is None or not path.is_file():
             raise web.HTTPNotFound(text="no such file")
         return web.FileResponse(path)
@@ -154,14 +161,14 @@ class Server:
             raise web.HTTPBadRequest(text=f"a prompt has 1 to {MAX_PROMPT} characters")
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
             raise web.HTTPBadRequest(text="a prompt has no control characters")
-        self.live.steer(prompt)
+        self.session.submit_prompt(prompt)
         return await self._get_state(request)
 
     async def _post_control(self, request: web.Request) -> web.Response:
         action = await read_text(request, "action")
         if action not in ("pause", "resume", "stop", "close"):
             raise web.HTTPBadRequest(text="the actions are pause, resume, stop and close")
-        if not self.live.control(action):
+        if not self.session.control(action):
             raise web.HTTPConflict(text=f"nothing to {action} now")
         return await self._get_state(request)
 
@@ -169,7 +176,7 @@ class Server:
         """Answer a viewer's offer to receive one video."""
         sdp = await read_text(request, "sdp")
         # Browsers hide their addresses behind names that take a second to look up; we know where this one is.
-        sdp = re.sub(r"[\w-]{1,63}\.local\b", request.remote, sdp)
+        sdp = re.sub(r"[\w-]{1,63}\.local\b", request.remote or "", sdp)
         if len(self.peers) >= MAX_VIEWERS:
             raise web.HTTPServiceUnavailable(text="too many viewers")
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))  # by default it would ask a public server
@@ -186,48 +193,66 @@ class Server:
         (video,) = peer.getTransceivers()
         if video.kind != "video" or peer.sctp is not None:
             raise ValueError("something else than one video")
-        peer.addTrack(ViewerTrack(self.live.playout))
-        video.direction = "sendonly"  # and take none
-        peer.on("connectionstatechange", lambda: self._follow(peer))
+        peer.addTrack(ViewerTrack(self.session.playout))
+        video.direction = "sendonly"
+        gather_from(peer, self.media_addresses)
+        peer.on("connectionstatechange", lambda: self._state_changed(peer))
         await peer.setLocalDescription(await peer.createAnswer())
-        self.loop.call_later(CONNECT_SECONDS, self._give_up, peer)
+        self.loop.call_later(CONNECT_SECONDS, self._drop_unconnected, peer)
         return peer.localDescription
 
-    async def _follow(self, peer: RTCPeerConnection) -> None:
+    async def _state_changed(self, peer: RTCPeerConnection) -> None:
         if peer.connectionState == "connected":
-            self.watching.add(peer)
-            self.live.viewer_came()
+            self.connected.add(peer)
+            self.session.set_viewers(len(self.connected))
         elif peer.connectionState in ("failed", "closed"):
             await self._drop(peer)
 
-    def _give_up(self, peer: RTCPeerConnection) -> None:
-        if peer in self.peers - self.watching:
+    def _drop_unconnected(self, peer: RTCPeerConnection) -> None:
+        if peer in self.peers - self.connected:
             asyncio.ensure_future(self._drop(peer))
 
     async def _drop(self, peer: RTCPeerConnection) -> None:
         self.peers.discard(peer)
-        self.watching.discard(peer)
+        self.connected.discard(peer)
+        self.session.set_viewers(len(self.connected))
         await peer.close()
 
 
 def media_addresses(bound: set[str]) -> list[str]:
-    """The addresses to send video from, given those the page is bound to."""
-    if not any(ipaddress.ip_address(address).is_unspecified for address in bound):
-        return sorted(bound)
-    return [*host_addresses(use_ipv4=True, use_ipv6=True), "127.0.0.1"]
+    """Return the addresses to offer video from, given those that the page is bound to.
+
+    A page on the loopback address is offered this machine's other addresses too: Firefox has no loopback candidates, and
+    reaches 127.0.0.1 from none of its own.
+    """
+    addresses, others = {ipaddress.ip_address(address) for address in bound}, get_host_addresses(True, True)
+    if any(address.is_unspecified for address in addresses):
+        return [*others, "127.0.0.1"]
+    return [*sorted(bound), *(others if any(address.is_loopback for address in addresses) else [])]
 
 
-host_addresses = aioice.ice.get_host_addresses
-"""aioice's own, which ``Server`` replaces."""
+def gather_from(peer: RTCPeerConnection, addresses: list[str]) -> None:
+    """Let ``peer`` gather its ICE candidates from ``addresses`` and no others.
+
+    aioice decides for itself, and leaves the loopback address out. The method is replaced on this connection alone, which
+    aiortc gives no public access to.
+    """
+    for transceiver in peer.getTransceivers():
+        connection: Any = transceiver.sender.transport.transport.iceGatherer._connection
+
+        def gather_own(gather: Callable = connection.get_component_candidates, **arguments: Any) -> Any:
+            return gather(**arguments | {"addresses": addresses})
+
+        connection.get_component_candidates = gather_own
 
 
 async def read_text(request: web.Request, key: str) -> str:
-    """The text under ``key`` in a JSON body; anything else is the client's error."""
+    """Return the text under ``key`` in a JSON body. Raises a client error for anything else."""
     if request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text="send application/json")
     try:
         value = json.loads(await request.read())[key]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, web.RequestPayloadError):  # the last: broken compression
         raise web.HTTPBadRequest(text=f"send a JSON object with '{key}'") from None
     if not isinstance(value, str):
         raise web.HTTPBadRequest(text=f"'{key}' is a text")

@@ -15,7 +15,7 @@ import torch
 from dax.quant import functional, kernels
 
 torch.manual_seed(0)
-for m, n, k in ((1, 16, 128), (17, 48, 256), (130, 272, 384)):
+for m, n, k in ((1, 16, 128), (17, 48, 256), (300, 528, 384)):
     x, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     x_scale, w_scale = torch.rand(m, 1), torch.rand(n, 1)
     bias = torch.randn(n, dtype=torch.bfloat16)
@@ -26,6 +26,8 @@ for m, n, k in ((1, 16, 128), (17, 48, 256), (130, 272, 384)):
         plain = functional.linear(x, scales[0], w, scales[1], bias, torch.bfloat16)
         assert got.dtype == plain.dtype == torch.bfloat16 and got.shape == plain.shape == (m, n)
         torch.testing.assert_close(got, plain, rtol=2**-7, atol=0.01)  # one rounding to bfloat16
+    hopper = kernels.int8_scaled_mm_hopper(x, w, x_scale[:, 0], w_scale[:, 0], bias)
+    assert torch.equal(hopper, kernels.int8_scaled_mm(x, w, x_scale[:, 0], w_scale[:, 0], bias))
     assert torch.equal(kernels.int8_scaled_mm(x, w, x_scale[:, 0] * 0, w_scale[:, 0], bias), bias.expand(m, n))
 print("equal")
 """
@@ -78,7 +80,7 @@ def compile_for(capability, kernel, signature, constants, config):
 
     names = kernel.arg_names
     # what the launcher finds out about pointers and sizes at run time
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in signature if not name.endswith("_desc")}
     signature = {name: signature.get(name, "constexpr") for name in names}
     source = ASTSource(kernel, signature, constexprs=constants | config.kwargs, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -102,6 +104,21 @@ def test_the_int8_kernel_fits_every_architecture(capability):
     constants = {"BLOCK_K": kernels.BLOCK_K, "GROUP_M": 8}
     shared = compile_for(capability, kernels.int8_scaled_mm_kernel, signature | {"m": "i32"}, constants, config)
     assert 0 < shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_the_int8_kernel_for_hopper_fits_it(stages):
+    """It runs on compute capability 9.0 alone."""
+    kernels = pytest.importorskip("dax.quant.kernels")
+    import triton
+
+    pointers = {"y_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
+    signature = {"x_desc": "tensordesc<i8[128, 128]>", "w_desc": "tensordesc<i8[256, 128]>", **pointers}
+    constants = {"BLOCK_K": 128, "GROUP_M": 8, "BLOCK_M": 128, "BLOCK_N": 256, "NUM_PROGRAMS": 132}
+    config = triton.Config({}, num_warps=8, num_stages=stages)
+    sizes = {"m": "i32", "n": "i32", "k": "i32"}
+    shared = compile_for(90, kernels.int8_scaled_mm_tma_kernel, signature | sizes, constants, config)
+    assert 0 < shared <= SHARED_MEMORY[90]
 
 
 @every_architecture

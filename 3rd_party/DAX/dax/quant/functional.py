@@ -22,7 +22,7 @@ from torch import Tensor
 try:
     from dax.quant import kernels
 except ImportError:  # a build of torch without Triton, such as a CPU's
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 

@@ -47,7 +47,8 @@ class StraightThrough(torch.autograd.Function):
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[1]:
-            weight = dequantize_weight(*ctx.saved_tensors, ctx.rotation, grad_y.dtype)
+            qweight, weight_scale = ctx.saved_tensors
+            weight = dequantize_weight(qweight, weight_scale, ctx.rotation, grad_y.dtype)
             grad_x = (rows @ weight).view(*grad_y.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)

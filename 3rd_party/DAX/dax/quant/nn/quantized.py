@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,15 @@ class Linear(QuantizedLinear):
     def validate(cls, linear: nn.Linear, qconfig: QConfig) -> None:
         """Raises as in `QuantizedLinear`, and ValueError if `linear.activation_observer` saw nothing or a NaN."""
         super().validate(linear, qconfig)
-        linear.activation_observer.scale(qconfig.activation_dtype)
+        observer: Any = linear.activation_observer
+        observer.scale(qconfig.activation_dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, qconfig: QConfig) -> Self:
         """As in `QuantizedLinear`, for a `linear` with an `activation_observer` that has seen its inputs."""
         new = super().from_float(linear, qconfig)
-        new.input_scale = linear.activation_observer.scale(qconfig.activation_dtype)
+        observer: Any = linear.activation_observer
+        new.input_scale = observer.scale(qconfig.activation_dtype)
         return new
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Files to weights: checkpoints of every published container, and LoRAs."""

@@ -1,0 +1,65 @@
+"""The names of a Wan transformer's weights: how files spell them, and diffusers' spelling, which the engine uses.
+
+Wan's own names are those of https://github.com/Wan-Video/Wan2.1 (``blocks.0.self_attn.q.weight``), diffusers' those of
+``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``).
+"""
+
+import re
+from collections.abc import Iterable
+from functools import cache
+
+WAN_TO_DIFFUSERS = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    "modulation": "scale_shift_table",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm2": "norm3",  # the two count the norms of a block in a different order
+    "norm3": "norm2",
+}
+for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+    WAN_TO_DIFFUSERS |= {f"{wan}.{part}": f"{diffusers}.to_{part}" for part in "qkv"}
+    WAN_TO_DIFFUSERS |= {f"{wan}.o": f"{diffusers}.to_out.0", wan: diffusers}
+
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP, activation checkpointing and torch.compile insert into the names of the modules that they wrap."""
+
+PREFIXES = re.compile(r"((model|diffusion_model|transformer|unet|base_model|module)\.)+")
+"""What training code and other programs put before a transformer's names, also several of them in a row."""
+
+ONLY_DIFFUSERS = re.compile(r"(?<![^._])(attn[12]|condition_embedder|proj_out|scale_shift_table|ffn[._]net)(?![^._])")
+"""Parts of names that occur in diffusers' spelling alone."""
+
+
+def strip_prefixes(name: str) -> str:
+    """Return ``name`` without the names of what wraps the transformer."""
+    name = WRAPPERS.sub("", name)
+    prefix = PREFIXES.match(name)
+    return name[prefix.end() :] if prefix else name
+
+
+def diffusers_names(names: Iterable[str], separator: str = ".") -> list[str]:
+    """Return ``names``, all from one file and without prefixes, in diffusers' spelling.
+
+    Names that are in it already, and those of no Wan transformer, stay as they are. ``separator`` is "_" for names that
+    have an underscore in place of every dot.
+    """
+    names = list(names)
+    if any(ONLY_DIFFUSERS.search(name) for name in names):
+        return names
+    pattern, renamed = _renaming(separator)
+    return [pattern.sub(lambda match: renamed[match[0]], name) for name in names]
+
+
+@cache
+def _renaming(separator: str) -> tuple[re.Pattern, dict[str, str]]:
+    """The pattern that finds the parts of a name to be replaced, and what replaces each."""
+    renamed = {old.replace(".", separator): new.replace(".", separator) for old, new in WAN_TO_DIFFUSERS.items()}
+    longest_first = sorted(renamed, key=len, reverse=True)
+    edge = re.escape(separator)
+    return re.compile(f"(?<![^{edge}])({'|'.join(map(re.escape, longest_first))})(?![^{edge}])"), renamed

@@ -1,0 +1,164 @@
+"""Where a run takes place: how processes share it, and how much of a GPU's memory it may take."""
+
+import math
+import os
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from inferix.checkpoints.containers import infer_sizes, load_checkpoint
+from inferix.cli.model_paths import ModelPaths, find_config, find_tiny_vae
+from inferix.cli.presets import parameter_counts
+from inferix.config import ParallelConfig, PipelineConfig
+from inferix.distributed.context_parallel import check_sizes
+from inferix.errors import InputError
+from inferix.models.base_model import WanCheckpoint
+from inferix.models.config import TransformerConfig
+from inferix.models.kv_offload import OffloadedKVCache
+from inferix.models.tiny_vae import TAEHV
+from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.pipeline import Pipeline
+from inferix.runtime.memory import num_parameters
+
+
+def transformer_config(paths: ModelPaths) -> TransformerConfig:
+    """Return the transformer's sizes: from the base model's ``config.json``, without one off the checkpoint's tensors.
+
+    Raises InputError where neither can be read.
+    """
+    base = WanCheckpoint(paths.base, transformer_weights=False)
+    return base.config if base.has_config else TransformerConfig(**infer_sizes(load_checkpoint(paths.checkpoint).state))
+
+
+def pipeline_options(args: Namespace, paths: ModelPaths) -> dict:
+    """Return what the flags say about how the pipeline is built, as its arguments.
+
+    Raises InputError where the processes cannot share the video, or it does not fit into memory.
+    """
+    model, config = transformer_config(paths), find_config(args, paths)
+    parallel = parallel_config(args.ulysses_size, args.ring_size, model.num_heads)
+    check_sizes(parallel, model.num_heads, config.image_or_video_shape[-2] * config.image_or_video_shape[-1] // 4)
+    check_memory(args, model, config, parallel)
+    return {
+        "default_config_path": args.default_config_path,
+        "enable_kv_offload": args.enable_kv_offload,
+        "parallel_config": parallel,
+        "transformer_weights": False,  # a checkpoint takes their place
+        "vae": args.vae,
+        "tiny_vae_path": find_tiny_vae(args, paths),
+        "height": args.height,
+        "width": args.width,
+    }
+
+
+def parallel_config(ulysses_size: int | None, ring_size: int | None, num_heads: int) -> ParallelConfig:
+    """Return how this process takes part in a ``torchrun`` job, from the variables that torchrun sets.
+
+    A size that is None is chosen: Ulysses over as many ranks as the attention heads allow, ring over the rest.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if ulysses_size is None:
+        ulysses_size = math.gcd(world_size, num_heads) if ring_size is None else max(1, world_size // max(1, ring_size))
+    if ring_size is None:
+        ring_size = max(1, world_size // max(1, ulysses_size))
+    return ParallelConfig(ulysses_size, ring_size, local_rank, rank, world_size)
+
+
+def clip_memory(
+    model: TransformerConfig,
+    config: PipelineConfig,
+    batch: int,
+    itemsize: int,
+    offloaded: bool = False,
+    ranks: int = 1,
+) -> dict[str, int]:
+    """Return the bytes that a clip will take on the device, by part, weights and VAE aside.
+
+    The cache is counted; activations are a rule of thumb, on the safe side.
+    """
+    _, clip, _, height, width = config.image_or_video_shape
+    tokens = height * width // 4 // ranks
+    layer = 2 * batch * min(clip, config.window_frames) * tokens * model.dim * itemsize
+    resident = 2 + -(-model.num_layers // OffloadedKVCache.RESIDENT)  # layers on the device, two in transit among them
+    block = batch * config.num_frame_per_block * tokens
+    return {
+        "key-value cache": layer * (min(resident, model.num_layers) if offloaded else model.num_layers),
+        "activations": 4 * block * (model.ffn_dim + 8 * model.dim) * itemsize,
+    }
+
+
+def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int | None = None) -> dict[str, int]:
+    """Return the bytes that a clip of ``batch`` videos will take on the device, by part (default: the config's batch)."""
+    transformer, config = pipeline.generator.model, pipeline.config
+    batch = batch or config.image_or_video_shape[0]
+    ranks = 1 if pipeline.context_parallel is None else pipeline.context_parallel.world_size
+    item, offloaded = pipeline.dtype.itemsize, pipeline.enable_kv_offload or low_memory
+    parts = {"transformer": num_parameters(transformer) * item}
+    parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
+    if pipeline.is_main_process:
+        encoder: Any = pipeline.text_encoder.model
+        vae: Any = pipeline.vae.model
+        parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
+        parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
+        tiny = isinstance(pipeline.vae.model, TAEHV)
+        base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
+        parts["VAE's activations"] = vae_memory(config, batch, base_dim, item, low_memory)
+    return parts
+
+
+def vae_memory(config: PipelineConfig, batch: int, base_dim: int, itemsize: int, low_memory: bool) -> int:
+    """Return the bytes of the VAE's activations.
+
+    Counted in pixel frames of its widest layer: 23 that its convolutions keep, and 7 for each frame that goes through.
+    """
+    height, width = config.image_or_video_shape[-2:]
+    return (23 + 7 * (1 if low_memory else 12)) * batch * 64 * height * width * base_dim * itemsize
+
+
+def available_memory() -> int:
+    """Return the bytes of this process's GPU that are free, or, where there is none, those of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConfig, parallel: ParallelConfig) -> None:
+    """Raises InputError where weights and one clip need more memory than there is, even with ``--low_memory``.
+
+    A lower bound: the weights in 8 bits unless they stay as they are, the cache and the activations.
+    """
+    cuda = torch.cuda.is_available()
+    low = args.low_memory or (cuda and args.low_memory is None)
+    weights, _, others = parameter_counts(model)
+    item, batch = 2 if cuda else 4, getattr(args, "num_samples", 1)
+    needed = weights * (item if args.no_quantize else 1) + others * item
+    cache_item = 1 if low or args.kv_cache_dtype == "fp8" else item
+    offloaded = cuda and (low or args.enable_kv_offload)
+    clip = clip_memory(model, config, batch, item, offloaded, parallel.world_size)
+    needed += clip["key-value cache"] * cache_item // item + clip["activations"]
+    if (available := available_memory()) < needed:
+        height, width = (8 * size for size in config.image_or_video_shape[-2:])
+        raise InputError(
+            f"{batch} x {width}x{height} needs {needed / 1e9:.1f} GB of memory at least, of which there are {available / 1e9:.1f} GB: "
+            "choose a smaller HEIGHT and WIDTH (--height, --width), fewer samples or a smaller model"
+        )
+
+
+def low_memory(args: Namespace, pipeline: Pipeline) -> bool:
+    """Return ``--low_memory``; where it is not given, whether the run needs more GPU memory than is free, and say so."""
+    if args.low_memory is not None or pipeline.device.type != "cuda":
+        return bool(args.low_memory)
+    free, _ = torch.cuda.mem_get_info(pipeline.device)
+    batch = getattr(args, "num_samples", 1)
+    needed, small = (sum(gpu_memory(pipeline.pipeline, low, batch).values()) for low in (False, True))
+    parallel, scarce = pipeline.pipeline.context_parallel, needed > free
+    if not (parallel.any_rank(scarce) if parallel else scarce):  # all ranks do the same
+        return False
+    print(
+        f"{needed / 1e9:.1f} GB of GPU memory are needed and {free / 1e9:.1f} GB free: "
+        f"low memory, which takes about {small / 1e9:.1f} GB (--low_memory false: try without)"
+    )
+    return True

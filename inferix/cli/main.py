@@ -1,0 +1,108 @@
+"""How a program ends: exit codes, signals, and the ranks of a ``torchrun`` job."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from inferix.errors import InputError
+
+GRACE_SECONDS = 5
+"""Time for an orderly end when a job has failed."""
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Call ``main(argv)`` and return the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+
+    With ``argv=None`` this is a process of its own: SIGINT, SIGTERM and SIGHUP end it in order, incomplete files removed.
+    """
+    if argv is None:
+        handle_signals()
+        if "RANK" in os.environ:
+            watch_sigterm()
+    try:
+        main(argv)
+        return 0
+    except InputError as error:
+        if rank() > 0:  # rank 0 mostly finds the same; then the job ends before this rank prints it again
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if argv is not None or "RANK" not in os.environ:
+            raise
+        if is_communication_error(error):
+            time.sleep(GRACE_SECONDS)  # another rank has died: its error is the one to show
+        traceback.print_exc()
+        finish_files()
+        os._exit(1)  # an orderly exit would wait for the other ranks, which wait for this one
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("stopped", file=sys.stderr)
+        if argv is None:
+            finish_files()
+            sys.stdout.flush()
+            os._exit(130)  # skips the interpreter's teardown, which takes seconds
+        return 130
+
+
+def handle_signals() -> None:
+    """Let SIGINT raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that context managers clean up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def rank() -> int:
+    """Return this process's rank in a ``torchrun`` job, 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_communication_error(error: Exception) -> bool:
+    """Return whether ``error`` says that another rank cannot be reached."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def finish_files() -> None:
+    """Wait until the videos that are generated already are complete, and remove the incomplete ones."""
+    if video := sys.modules.get("inferix.video"):  # else nothing was written; importing it would take seconds
+        try:
+            video.wait_for_writers()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+        finally:
+            remove_partials()
+
+
+def remove_partials() -> None:
+    """Remove the incomplete videos."""
+    if video := sys.modules.get("inferix.video"):
+        video.remove_partials()
+
+
+def watch_sigterm() -> None:
+    """Silence the standard output of ranks above 0, and start a thread that enforces the exit after a signal.
+
+    torchrun sends SIGTERM (or the signal it got itself) to all ranks when one has died. A rank blocked in NCCL runs no
+    Python signal handler, so the thread ends the process when ``GRACE_SECONDS`` are over.
+    """
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)  # where the C-level handler writes each signal's number
+
+    def watch() -> None:
+        while (number := os.read(read_fd, 1)[0]) not in (signal.SIGTERM, signal.SIGHUP):
+            pass
+        time.sleep(GRACE_SECONDS)
+        remove_partials()
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, name="watch_sigterm", daemon=True).start()

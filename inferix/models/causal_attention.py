@@ -1,0 +1,158 @@
+"""Self-attention of the current block of frames over the window in the key-value cache, on one rank or several."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inferix.distributed.context_parallel import ContextParallel, compiled_scatter_qkv, scatter_qkv, tokens_by_frame
+from inferix.models.attention import PartialAttention, merge_partials, partial_attention, saturating_cast
+from inferix.models.kv_cache import KVCache
+from inferix.models.rope import apply_rope
+
+MEAN_STRIDE = 8
+"""Every so many tokens are averaged: the mean only has to be near, as what is subtracted is added back."""
+
+
+class QKVBuffers(NamedTuple):
+    """Where a block writes its projections, so that they need not be copied; H may be split in two dimensions."""
+
+    query: Tensor
+    """[B, T, H, d]"""
+    key: Tensor
+    """[B, T, H, d], rotated."""
+    value: Tensor | None
+    """[B, T, H, d]; None: the values are passed on as they were computed."""
+    key_unrotated: Tensor | None
+    """[B, T, H, d]; None: not needed."""
+
+
+class CausalSelfAttention:
+    """Self-attention of one layer over the frames in the cache.
+
+    ``torch.compile`` does not trace into it: which slots are written and read changes with every block, and the compiled
+    code around it does not. (A ``torch.library.custom_op`` could not be given the cache's own memory to write to: the
+    compiler would make it a copy of the keys and values first.)
+    """
+
+    def __init__(self, layer: int, kv_cache: KVCache, context_parallel: ContextParallel | None):
+        self.layer, self.kv_cache, self.context_parallel = layer, kv_cache, context_parallel
+
+    def qkv_buffers(self, shape: tuple[int, int, int, int]) -> QKVBuffers:
+        """Return the buffers for projections of ``shape`` [B, T, H, d]."""
+        kv_cache, context_parallel = self.kv_cache, self.context_parallel
+        eight_bit = kv_cache.value_means is not None
+        self.kv_slots = kv_cache.kv_slots(self.layer)
+        if context_parallel is None:
+            query = torch.empty(shape, device=kv_cache.device, dtype=kv_cache.dtype)
+            key, value = self.kv_slots
+        else:
+            self.sent = context_parallel.send_buffers(shape, 3, kv_cache.device, kv_cache.dtype)
+            query, key, value = self.sent
+        unrotated = None
+        if kv_cache.has_sinks():
+            unrotated = torch.empty(shape, device=kv_cache.device, dtype=kv_cache.compute_dtype)
+        return QKVBuffers(query, key, None if eight_bit else value, unrotated)
+
+    @torch.compiler.disable
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, key_unrotated: Tensor | None) -> Tensor:
+        """Return the attention of the current frames to the window [B, T, H*d], H*d in two dimensions on several ranks.
+
+        The arguments are the filled ``qkv_buffers``.
+        """
+        value_mean = None
+        if self.kv_cache.value_means is not None:
+            value, value_mean = self._subtract_mean(value)
+        if self.context_parallel is not None:
+            return self._call_parallel(self.context_parallel, key_unrotated, value_mean)
+        if key_unrotated is not None:
+            self.kv_cache.store_sinks(self.layer, key_unrotated)
+        keys, values = self.kv_cache.update(self.layer, key, value, value_mean)
+        attn_output = merge_partials(self._attend(query, keys, values), self.kv_cache.compute_dtype)
+        self.kv_cache.release(self.layer)
+        return attn_output
+
+    def _call_parallel(
+        self, parallel: ContextParallel, key_unrotated: Tensor | None, value_mean: Tensor | None
+    ) -> Tensor:
+        kv_cache = self.kv_cache
+        frames = len(kv_cache.slots)
+        if key_unrotated is not None:
+            batch, tokens, heads, head_dim = key_unrotated.shape
+            sent = parallel.send_buffers((batch, tokens, heads, head_dim), 1, key_unrotated.device, key_unrotated.dtype)
+            sent[0].copy_(key_unrotated.view(sent.shape[1:]))
+            received = parallel.all_to_all_heads(sent)[:, 0]
+            kv_cache.store_sinks(self.layer, tokens_by_frame(received, frames).flatten(1, 3))
+        received = parallel.all_to_all_heads(self.sent)
+        scatter = compiled_scatter_qkv() if received.is_cuda else scatter_qkv
+        query = scatter(received, *self.kv_slots, frames)
+        keys, values = kv_cache.update(self.layer, *self.kv_slots, value_mean)
+        if parallel.ring_size == 1:
+            partials = self._attend(query, keys, values)
+        else:
+            partials = self._attend(parallel.gather_queries(query), keys, values)
+            batch, _, heads, head_dim = query.shape
+            out = merge_partials(partials, kv_cache.compute_dtype).view(batch, -1, heads, head_dim)
+            lse = partials.lse.logsumexp(0)
+            partials = PartialAttention(*parallel.exchange_partials(out, lse))
+        kv_cache.release(self.layer)
+        return parallel.all_to_all_tokens(merge_partials(partials, kv_cache.compute_dtype))
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> PartialAttention:
+        means = self.kv_cache.part_means(self.layer)
+        return partial_attention(query, keys, values, self.kv_cache.compute_dtype, self.kv_cache.parts(), means)
+
+    def _subtract_mean(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Subtract from ``value`` [B, T, H, d] its mean over the tokens of all ranks, block by block of frames.
+
+        Returns:
+            The values where they are stored or sent from, and the means of this rank's heads [B, G, H, d], float32.
+        """
+        cuda, parallel, groups = value.is_cuda, self.context_parallel, self.kv_cache.num_groups
+        mean = (compiled_token_mean() if cuda else token_mean)(value, groups)
+        target = self.kv_slots[1]
+        if parallel is not None:
+            mean, target = parallel.mean(mean), self.sent[2]
+        (compiled_subtract() if cuda else subtract)(value, mean, target)
+        return target, mean if parallel is None else parallel.local_heads(mean)
+
+
+def rotate_sinks(kv_cache: KVCache, rotary_emb: tuple[Tensor, Tensor]) -> None:
+    """Rotate every layer's sink keys, which are kept unrotated, to the positions of ``rotary_emb``."""
+    assert kv_cache.sink_keys is not None
+    rotate = compiled_rotate() if rotary_emb[0].is_cuda else rotate_frames
+    for layer in range(kv_cache.num_layers):
+        kv_cache.write_sinks(layer, rotate(kv_cache.sink_keys[layer], *rotary_emb))
+
+
+def rotate_frames(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate keys [B, F, S, H, d] by a table for F*S tokens."""
+    return apply_rope(keys.flatten(1, 2), (cos, sin)).view_as(keys)
+
+
+@cache
+def compiled_rotate() -> Callable:
+    return torch.compile(rotate_frames, dynamic=False)
+
+
+def token_mean(value: Tensor, groups: int) -> Tensor:
+    """Return the mean [B, G, H, d] over every ``MEAN_STRIDE``-th token of each group in ``value`` [B, T, H, d], in float32."""
+    return value.unflatten(1, (groups, -1))[:, :, ::MEAN_STRIDE].float().mean(2)
+
+
+def subtract(value: Tensor, mean: Tensor, out: Tensor) -> None:
+    """Write ``value`` [B, T, H, d] minus ``mean`` [B, G, H, d] to ``out``, whose H may be split in two dimensions."""
+    centred = value.unflatten(1, (mean.shape[1], -1)).float() - mean[:, :, None]
+    out.copy_(saturating_cast(centred.flatten(1, 2), out.dtype).view(out.shape))
+
+
+@cache
+def compiled_token_mean() -> Callable:
+    return torch.compile(token_mean)  # of other shapes when a whole window is cached anew: dynamic from then on
+
+
+@cache
+def compiled_subtract() -> Callable:
+    return torch.compile(subtract)

@@ -1,0 +1,64 @@
+"""Settings of ``torch.compile`` for a GPU."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+except ImportError as error:  # private modules: they may change with any release
+    InductorChoices, UNAVAILABLE = object, str(error)
+else:
+    UNAVAILABLE = ""
+
+LONGEST_ROW = 16384
+
+
+class PersistentReductions(InductorChoices):
+    """Let one thread block hold a row of up to ``LONGEST_ROW`` values in its registers.
+
+    From 1024 values on, Inductor reads a row once for its mean or maximum and again to use it. A row of this network's
+    hidden state, 1536 values, and of its feed-forward, 8960, fits: a norm or an activation and the quantization after it
+    become one kernel that reads its input once.
+    """
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        if features.get_reduction_hint() != ReductionHint.OUTER and not cooperative_reduction:
+            return V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+
+def persistent_reductions(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+    """Compile with Inductor, ``PersistentReductions``, and without padding: a backend of ``torch.compile``.
+
+    With padding the maxima of a frame's 1560 rows would be 1568 apart, which keeps the kernel that uses them from being
+    fused with the one that computes them.
+    """
+    with V.set_choices_handler(PersistentReductions()):
+        return compile_fx(graph, inputs, config_patches={"comprehensive_padding": False})
+
+
+def backend() -> str | Callable:
+    """Return the backend to compile with; Inductor with its own settings, and a warning, if its private parts changed."""
+    if not UNAVAILABLE:
+        return persistent_reductions
+    warnings.warn(f"this PyTorch's Inductor cannot be configured ({UNAVAILABLE}): compiling without it", stacklevel=2)
+    return "inductor"
+
+
+def compile_forward(modules: Iterable[nn.Module]) -> None:
+    """Compile ``forward`` of modules of one class: the first call compiles, the others find its code. Idempotent.
+
+    Shapes are static at first; what is called with others is compiled once more, for any shape.
+    """
+    chosen = backend()
+    for module in modules:
+        if "forward" not in vars(module):
+            module.forward = torch.compile(module.forward, backend=chosen)

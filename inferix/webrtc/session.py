@@ -1,0 +1,276 @@
+"""The state of a generation that is watched and steered while it runs, shared by the generating and the server's thread."""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from inferix.pipelines.storyboard import Entry, Storyboard
+from inferix.video import FPS
+
+if TYPE_CHECKING:
+    from inferix.webrtc.playout import Playout
+
+Clip = TypeVar("Clip")
+
+HOLD_SECONDS = 1
+"""How long the page says that playback had to wait: blocks come in bursts, and the message should not flicker."""
+MAX_BLOCKS_TIMED = 8
+"""The generation rate is that of the last so many blocks."""
+LEAD = 1.5
+"""The next block is begun when what is queued plays so many times as long as a block takes to generate."""
+
+
+@dataclass(frozen=True)
+class WebRTCConfig:
+    """Where the page is served, when generation begins and when the server ends."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    exit_when_done: bool = False
+    """End after the last frame instead of offering the files and waiting for another prompt."""
+    wait_for_viewer: bool = False
+    """Generate nothing before the first viewer has connected."""
+
+
+class Session:
+    """The state of the page.
+
+    The generating thread takes its clips from ``clips``, the prompt of every block from ``prompts``, and passes frames to
+    ``show``.
+    The server's thread calls ``set_viewers``, ``submit_prompt``, ``control`` and ``snapshot``. ``changed`` guards the rest.
+    """
+
+    def __init__(self, config: WebRTCConfig, playout: "Playout"):
+        self.config = config
+        self.playout = playout
+        self.changed = threading.Condition()
+        self.status = "loading"
+        """loading, waiting (for a viewer), generating, paused, idle or closing"""
+        self.model: dict[str, str | float] = {}
+        self.prompt: str | None = None
+        self.note: str | None = None
+        """What the model has to say about the prompt."""
+        self.prompt_block = 0
+        """The block of the clip, counted from 1 as ``block``, since which the prompt is shown."""
+        self.next_prompt: str | None = None
+        self.shown: list[Entry] = []
+        """The prompts of the clip so far."""
+        self.was_steered = False
+        """Whether one of them was typed."""
+        self.current = 0
+        """The block that is generated, or was generated last, counted from 1."""
+        self.stop_requested = False
+        """End the clip after the current block."""
+        self.block = 0
+        self.num_blocks: int | None = 0
+        self.block_times: deque[tuple[int, float]] = deque(maxlen=MAX_BLOCKS_TIMED)
+        """Frames and seconds of the last blocks."""
+        self.block_start = 0.0
+        self.first_frame_seconds: float | None = None
+        self.viewers = 0
+        self.url: str | None = None
+        """Where the page is, once it is served."""
+        self.files: dict[str, Path] = {}
+
+    # --- the generating thread
+
+    def ready(self, quantization: str, weight_bytes: int) -> None:
+        """Say that the model is loaded, and wait for a viewer where the config asks for one.
+
+        Args:
+            quantization: as the page names it.
+            weight_bytes: of the transformer.
+        """
+        with self.changed:
+            self.model = {"quantization": quantization, "weight_mb": round(weight_bytes / 1e6, 1)}
+            if self.config.wait_for_viewer and self.status == "loading":
+                self.status = "waiting"
+                self.changed.wait_for(lambda: self.viewers or self.status == "closing")
+
+    def clips(self, given: Iterable[Clip], from_prompt: Callable[[str], Clip]) -> Iterator[Clip]:
+        """Yield the given clips, a typed prompt's before the rest; then, as they are typed, those of further prompts.
+
+        Ends when the server is told to close, or after the given clips where the config says so.
+        """
+        given = iter(given)
+        while self._may_continue():
+            typed = self._take_typed()
+            clip = next(given, None) if typed is None else from_prompt(typed)
+            if clip is not None:
+                yield clip
+            elif self.config.exit_when_done:
+                self._play_out()
+                return
+            else:
+                self._wait_for_prompt()
+
+    def prompts(self, given: Iterator[tuple[int, str]]) -> Iterator[str]:
+        """Yield the prompt of block after block: the given one, from a typed one on that one, to the end of the clip.
+
+        Ends early, and with that the clip, when it is stopped on the page; what is left of ``given`` then stays there, and
+        a typed prompt for the next clip.
+
+        Args:
+            given: for every block of the clip its number in the video, counted from 0, and its prompt. A number that comes
+                again keeps its prompt.
+        """
+        typed, last = None, -1
+        while self._may_generate() and (item := next(given, None)) is not None:
+            block, prompt = item
+            with self.changed:
+                self.current = self.block + 1
+                if block != last and self.next_prompt is not None:
+                    typed, self.next_prompt, self.was_steered = self.next_prompt, None, True
+                prompt = prompt if typed is None else typed
+                if not self.shown or self.shown[-1].prompt != prompt:
+                    self.shown.append(Entry(block, prompt))
+                    self.prompt, self.note, self.prompt_block = prompt, None, self.current
+            last = block
+            yield prompt
+
+    def announce(self, prompt: str, note: str | None) -> None:
+        """Say which prompt is generated now, and what the model has to say about it."""
+        with self.changed:
+            self.prompt, self.note = prompt, note
+
+    def begin_clip(self, num_blocks: int | None) -> None:
+        """Say that a clip of so many blocks begins; None: of any number."""
+        with self.changed:
+            self.block, self.num_blocks, self.first_frame_seconds = 0, num_blocks, None
+            self.current, self.prompt_block, self.shown, self.was_steered = 0, 0, [], False
+            if self.status not in ("paused", "closing"):
+                self.status = "generating"
+            self.block_start = time.monotonic()
+
+    def end_clip(self) -> Storyboard | None:
+        """Return the prompts of the clip that ends where one of them was typed, None otherwise."""
+        with self.changed:
+            return Storyboard(tuple(self.shown)) if self.was_steered else None
+
+    def show(self, frames: Tensor) -> None:
+        """Queue a block's frames [t, 3, H, W] in [0, 1] for playing; return after the pause where there is one."""
+        with self.changed:
+            seconds = time.monotonic() - self.block_start
+            self.block += 1
+            self.block_times.append((len(frames), seconds))
+            if self.first_frame_seconds is None and len(frames):
+                self.first_frame_seconds = seconds
+        self.playout.push(frames)
+        self._wait_while_paused()
+        self.block_start = time.monotonic()
+
+    def add_file(self, path: Path) -> None:
+        """Offer a finished file on the page."""
+        with self.changed:
+            self.files[path.name] = path
+
+    def _may_continue(self) -> bool:
+        self._wait_while_paused()
+        with self.changed:
+            self.stop_requested = False
+            return self.status != "closing"
+
+    def _may_generate(self) -> bool:
+        """Wait while viewers have enough to watch, so that they soon see what they type; return False after a stop."""
+        start = time.monotonic()
+        while self._is_ahead():
+            time.sleep(0.5 / FPS)
+        self.block_start += time.monotonic() - start
+        return not self.stop_requested
+
+    def _is_ahead(self) -> bool:
+        with self.changed:
+            if not self.viewers or not self.block_times or self.stop_requested:
+                return False
+            lead = math.ceil(LEAD * FPS * max(seconds for _, seconds in self.block_times))
+            return len(self.playout.queue) > min(self.block_times[-1][0], lead)
+
+    def _wait_while_paused(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.status != "paused")
+
+    def _take_typed(self) -> str | None:
+        with self.changed:
+            typed, self.next_prompt = self.next_prompt, None
+            return typed
+
+    def _wait_for_prompt(self) -> None:
+        with self.changed:
+            if self.status != "closing":
+                self.status, self.playout.paused = "idle", False
+            self.changed.wait_for(lambda: self.next_prompt or self.status == "closing")
+
+    def _play_out(self) -> None:
+        """Return when all queued frames were played, at once where there is no viewer."""
+        while self.viewers and self.playout.queue and self.status != "closing":
+            time.sleep(1 / FPS)
+
+    # --- the server's thread
+
+    def set_viewers(self, count: int) -> None:
+        """Say how many viewers are connected."""
+        with self.changed:
+            self.viewers = count
+            self.changed.notify_all()
+
+    def submit_prompt(self, prompt: str) -> None:
+        """Make ``prompt`` what comes next, instead of one that is still waiting."""
+        with self.changed:
+            self.next_prompt = prompt
+            self.changed.notify_all()
+
+    def control(self, action: str) -> bool:
+        """Carry out pause, resume, stop (the clip) or close (the server); return False where it does not apply now."""
+        with self.changed:
+            allowed = {"pause": ["generating"], "resume": ["paused"], "stop": ["generating", "paused"]}
+            if self.status not in allowed.get(action, [self.status]):
+                return False
+            self.status = {"pause": "paused", "close": "closing"}.get(action, "generating")
+            self.playout.paused = action == "pause"
+            if action in ("stop", "close"):
+                self.stop_requested = True
+                self.playout.clear()
+            self.changed.notify_all()
+            return True
+
+    def _next_prompt_block(self) -> int | None:
+        """Return the block at which a typed prompt takes effect; None where there is none, or it begins the next clip."""
+        waits = self.next_prompt is not None and self.status in ("generating", "paused")
+        return self.current + 1 if waits and self.current < (self.num_blocks or math.inf) else None
+
+    def snapshot(self) -> dict:
+        """Return what the page shows, as JSON."""
+        with self.changed:
+            seconds = sum(seconds for _, seconds in self.block_times)
+            holding = time.monotonic() - self.playout.last_underrun < HOLD_SECONDS
+            return {
+                "status": self.status,
+                "prompt": self.prompt,
+                "note": self.note,
+                "prompt_block": self.prompt_block,
+                "next_prompt": self.next_prompt,
+                "next_prompt_block": self._next_prompt_block(),
+                "block": self.block,
+                "blocks": self.num_blocks,
+                "generation_fps": round(sum(frames for frames, _ in self.block_times) / seconds, 1)
+                if seconds
+                else None,
+                "playback_fps": FPS,
+                "first_frame_seconds": self.first_frame_seconds,
+                "holding": self.status == "generating" and holding,
+                "queued_seconds": round(len(self.playout.queue) / FPS, 1),
+                "dropped": self.playout.dropped,
+                "viewers": self.viewers,
+                "files": [
+                    {"name": name, "bytes": path.stat().st_size} for name, path in self.files.items() if path.exists()
+                ],
+                **self.model,
+            }

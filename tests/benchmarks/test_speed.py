@@ -1,0 +1,87 @@
+"""The benchmarks of speed and memory as they run without a GPU: what they print, and the files they write."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from processes import Process
+
+sys.path.insert(1, str(ROOT / "benchmarks"))
+import loading
+import long_video
+import memory
+import speed
+import webrtc_soak  # noqa: F401  it can be imported
+from common import GEOMETRIES
+from settings import SETTINGS, missing
+
+from inferix import InputError
+from inferix.cli.figures import MAX_ERROR
+from inferix.cli.main import run
+
+
+def read_json(path) -> dict:
+    return json.loads(path.read_text(), parse_constant=pytest.fail)  # strict: no NaN
+
+
+def test_speed(tmp_path):
+    flags = ["--settings", "bf16", "fp8+fp8kv", "--repeats=1", "--num_frames=6"]
+    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"OUTPUT_FOLDER": str(tmp_path)}
+    with Process([ROOT / "benchmarks/benchmark.sh", *flags], env) as process:
+        done = process.wait(110)
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "benchmark.json")
+    full, eight_bit = report["settings"].values()
+    assert report["geometry"] == "demo" and report["vae_decode_s"] > 0
+    assert 0.0023 < eight_bit["weights_gb"] < 0.0026 < 0.0070 < full["weights_gb"] < 0.0072
+    assert max(full["error"]) < 1e-4 and max(abs(1 - gain) for gain in full["gain"]) < 1e-4  # float32 on the CPU
+    assert all(0.005 < error < MAX_ERROR["fp8+fp8kv"] for error in eight_bit["error"])
+    for result in (full, eight_bit):
+        assert len(result["error"]) == len(result["gain"]) == len(result["block_ms"]) == 2
+        assert sum(result["block_ms"]) / 1000 == result["seven_blocks_s"]
+        assert result["full_window_block_ms"] == result["block_ms"][-1]
+        assert 21 / result["end_to_end_s"] == pytest.approx(result["fps"])
+    assert f"| fp8+fp8kv | {eight_bit['weights_gb'] * 1e3:.2f} MB |" in done.stdout
+    assert f"| fp8+fp8kv | {eight_bit['error'][0]:.4f} |" in done.stdout and "{" not in done.stdout
+    for name in ("benchmark.png", "benchmark_error.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+
+
+def test_memory(tmp_path, capsys):
+    flags = ["--settings", "bf16", "bf16+offload", "low", "--repeats=1", "--num_frames=6"]
+    assert run(memory.main, [*flags, f"--output_folder={tmp_path}"]) == 0
+    results = read_json(tmp_path / "memory.json")["settings"]
+    whole, offloaded, low = (results[name]["bytes"] for name in ("bf16", "bf16+offload", "low"))
+    assert whole["cache"] == 2 * 6 * 6 * 64 * 128 * 4  # keys and values, layers, frames, tokens, dim, float32
+    assert low["cache"] < offloaded["cache"] == whole["cache"] // 2  # a layer that stays, two in transit
+    assert low["transformer"] < whole["transformer"] / 2 and low["text encoder"] < whole["text encoder"]
+    printed = capsys.readouterr().out
+    assert "bf16+offload: latents the same to the bit" in printed and "| low | 2." in printed
+
+
+def test_loading(tmp_path):
+    geometry = GEOMETRIES["demo"]
+    loading.write(geometry, tmp_path)
+    ways = {way: loading.measure(geometry, way, tmp_path) for way in loading.WAYS}
+    assert ways["saved fp8"]["weights"] == ways["bfloat16, then fp8"]["weights"] < 0.6 * ways["bfloat16"]["weights"]
+    assert loading.table(ways).count(" MB |") == 6
+
+
+def test_long_video(tmp_path, capsys):
+    flags = ["--num_blocks=6", "--num_frames=6", "--settings", "bf16", f"--output_folder={tmp_path}"]
+    assert run(long_video.main, flags) == 0
+    assert len(read_json(tmp_path / "long_video.json")["seconds"]["bf16"]) == 6
+    assert "| bf16 | " in capsys.readouterr().out
+    with pytest.raises(InputError, match="at least 6"):
+        long_video.main(["--num_blocks=5"])
+
+
+def test_what_cannot_be_run_here(capsys):
+    name = next(name for name in SETTINGS if missing(name))
+    assert run(speed.main, ["--settings", name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {missing(name)}")

@@ -1,0 +1,136 @@
+"""What test_parallel.py starts under torchrun: golden clips by each split, saved by the main process.
+
+torchrun tests/distributed/ranks.py FOLDER ULYSSESxRING...
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "example/quantization")]
+
+import torch
+from conftest import BASE, CAUSVID, GOLDEN, ROOT, SELF_FORCING
+from safetensors.torch import save_file
+
+from dax.quant.quantization import set_process_group
+from inferix import CausVidPipeline, ParallelConfig, SelfForcingPipeline
+from quantization import quantize_transformer
+
+PROMPTS = [
+    "A red cat walks on the moon",
+    "A blue robot dances in the forest, slowly",
+    "A green bird flies over the sea",
+]
+
+RANKS = {name: int(os.environ.get(name.upper(), default)) for name, default in (("rank", 0), ("world_size", 1))}
+
+
+def build(kind, sizes: tuple[int, int], offload: bool = False):
+    name = "self_forcing/configs/self_forcing_dmd" if kind is SelfForcingPipeline else "causvid/configs/causvid"
+    pipeline = kind(
+        ROOT / f"example/{name}.yaml",
+        wan_base_model_path=BASE,
+        enable_kv_offload=offload,
+        parallel_config=ParallelConfig(*sizes, **RANKS),
+        device="cpu",
+    )
+    if kind is SelfForcingPipeline:
+        pipeline.load_checkpoint(SELF_FORCING, use_ema=True)
+    else:
+        pipeline.load_checkpoint(CAUSVID)
+    pipeline.setup_devices()
+    return pipeline
+
+
+def long_live(name: str, sizes: tuple[int, int], kv_cache_dtype: str):
+    pipeline = SelfForcingPipeline(
+        GOLDEN / f"configs/{name}.yaml",
+        wan_base_model_path=BASE,
+        parallel_config=ParallelConfig(*sizes, **RANKS),
+        device="cpu",
+    )
+    pipeline.load_checkpoint(GOLDEN / "LongLive/models/longlive_base.pt")
+    pipeline.load_lora(GOLDEN / "LongLive/models/lora.pt")
+    pipeline.setup_devices()
+    pipeline.pipeline.set_kv_cache_dtype(kv_cache_dtype)
+    return pipeline
+
+
+def collect(pipeline, results: dict, name: str, function) -> None:
+    """Add the tensors of ``function`` under ``name`` in the main process; take part in computing them in the others."""
+    if not pipeline.is_main_process:
+        pipeline.worker_loop()
+        return
+    results |= {f"{name}.{key}": tensor.contiguous() for key, tensor in function(pipeline).items()}
+    if pipeline.pipeline.context_parallel:
+        pipeline.pipeline.context_parallel.close()
+
+
+def switched(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(32)
+    noise = torch.randn(1, 24, 16, 8, 12, generator=generator)
+    prompts = {"text_prompts_list": [[prompt] for prompt in PROMPTS], "switch_frame_indices": [6, 16]}
+    _, latents = pipeline.pipeline.inference(noise, generator=generator, return_latents=True, **prompts)
+    return {"latents": latents}
+
+
+def rolling(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(31)
+    noise = torch.randn(1, 21, 16, 8, 12, generator=generator)
+    _, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
+    return {"latents": latents}
+
+
+def self_forcing(pipeline, frames: int = 9) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, frames, 16, 8, 12, generator=generator)
+    video, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
+    return {"video": video, "latents": latents}
+
+
+def causvid(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 9, 16, 8, 12, generator=generator)
+    video, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
+    start = torch.cat([pipeline.pipeline.vae.encode(video[:, -9:-8] * 2 - 1), latents[:, -2:]], dim=1)
+    noise = torch.randn(1, 9, 16, 8, 12, generator=generator)
+    _, following = pipeline.pipeline.inference(
+        noise, PROMPTS[:1], start_latents=start, generator=generator, return_latents=True
+    )
+    return {"latents_0": latents, "latents_1": following}
+
+
+def quantized(pipeline, quant_type: str, granularity: str) -> None:
+    """Quantize, and keep the scales that the first layer's activations get."""
+    transformer = pipeline.transformer
+    quantize_transformer(transformer, quant_type, granularity)
+    set_process_group(transformer, pipeline.process_group)
+    layer, pipeline.scales = transformer.blocks[0].attn2.to_out[0], []
+    layer.register_forward_pre_hook(lambda _, args: pipeline.scales.append(layer.quantize_input(args[0])[1].flatten()))
+
+
+def main(folder: Path, *ways: str) -> None:
+    torch.set_grad_enabled(False)
+    results: dict[str, torch.Tensor] = {}
+    for way in ways:
+        sizes = tuple(map(int, way.split("x")))
+        collect(build(SelfForcingPipeline, sizes), results, f"{way}.self_forcing", self_forcing)
+        collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
+        for dtype in ("auto", "fp8"):
+            collect(long_live("longlive_interactive", sizes, dtype), results, f"{way}.interactive.{dtype}", switched)
+        collect(long_live("longlive_infinite", sizes, "auto"), results, f"{way}.infinite.auto", rolling)
+        for quant_type, granularity in (("fp8", "per_tensor"), ("int8", "per_token")):
+            pipeline = build(SelfForcingPipeline, sizes, offload=True)
+            quantized(pipeline, quant_type, granularity)
+
+            def tensors(pipeline):
+                return self_forcing(pipeline, 6) | {"scales": torch.cat(pipeline.scales)}
+
+            collect(pipeline, results, f"{way}.{quant_type}", tensors)
+    if RANKS["rank"] == 0:
+        save_file(results, folder / f"{RANKS['world_size']}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,134 @@
+"""Several processes share a video: real ones, started by torchrun and talking through gloo."""
+
+import os
+import signal
+import sys
+
+import psutil
+import pytest
+import ranks
+import torch
+from conftest import GOLDEN, ROOT, relative_error
+from processes import Process
+from safetensors.torch import load_file
+from scripts import SCRIPTS, assert_plays_in_a_browser, run, self_forcing_env, written  # noqa: F401
+
+from inferix import InputError, ParallelConfig
+from inferix.cli.devices import parallel_config
+from inferix.distributed.context_parallel import check_sizes
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Golden clips made by one process (1x1) and by two and four, each named by its sizes, Ulysses x ring."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.main(folder, "1x1")
+    torch.set_grad_enabled(True)
+    for nproc, ways in ((2, ("2x1", "1x2")), (4, ("2x2",))):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        with Process([*command, ROOT / "tests/distributed/ranks.py", folder, *ways]) as process:
+            assert process.wait(240).returncode == 0, process.stderr
+    return {name: tensor for n in (1, 2, 4) for name, tensor in load_file(folder / f"{n}.safetensors").items()}
+
+
+pytestmark = pytest.mark.timeout(500)  # the first test waits for all clips
+WAYS = ["2x1", "1x2", "2x2"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_full_precision_is_the_golden_data(clips, way):
+    golden = load_file(GOLDEN / "expected/self_forcing.safetensors")
+    torch.testing.assert_close(clips[f"{way}.self_forcing.latents"], golden["latents"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(clips[f"{way}.self_forcing.video"], golden["video"].float(), rtol=0, atol=5e-3)
+    golden = load_file(GOLDEN / "expected/causvid.safetensors")
+    for rollout in ("latents_0", "latents_1"):
+        torch.testing.assert_close(clips[f"{way}.causvid.{rollout}"], golden[rollout], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_full_precision_is_what_one_process_computes(clips, way):
+    for name in ("self_forcing.latents", "self_forcing.video", "causvid.latents_0", "causvid.latents_1"):
+        torch.testing.assert_close(clips[f"{way}.{name}"], clips[f"1x1.{name}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("quantized", ["fp8", "int8"])
+def test_quantized(clips, way, quantized):
+    """The cache offloaded besides; fp8 with a scale for each tensor, of which every rank has a part."""
+    error, gain = relative_error(*(clips[f"{w}.{quantized}.latents"] for w in (way, "1x1")))
+    assert error < 0.06 and abs(gain - 1) < 0.01  # values that round the other way
+    if quantized == "fp8":
+        first, alone = (clips[f"{w}.fp8.scales"][:1] for w in (way, "1x1"))  # later ones follow what was rounded before
+        torch.testing.assert_close(first, alone, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prompt_switches_and_relative_positions(clips, way):
+    """In full precision the golden data; with the 8-bit cache what one process computes: the means are the same."""
+    for name in ("interactive", "infinite"):
+        golden = load_file(GOLDEN / f"expected/longlive_{name}.safetensors")["latents"]
+        torch.testing.assert_close(clips[f"{way}.{name}.auto.latents"], golden, rtol=0, atol=1e-3)
+    error, gain = relative_error(*(clips[f"{w}.interactive.fp8.latents"] for w in (way, "1x1")))
+    assert error < 0.06 and abs(gain - 1) < 0.01  # values that round the other way
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "complaint"),
+    [
+        ((8, 1), 1560, "does not divide the 12 attention heads; .*: 1 x 8, 2 x 4, 4 x 2$"),
+        ((1, 7), 1560, "cannot be split over 7 processes; .*: 1, 2, 3, 4, 5, 6, 8, 10, 12, 13$"),
+        ((4, 4), 1560, "cannot be split over 16 processes; .* 12, 13, 15, 20, 24, 26, 30$"),
+    ],
+)
+def test_sizes_that_do_not_divide(sizes, tokens, complaint):
+    config = ParallelConfig(*sizes, world_size=sizes[0] * sizes[1])
+    with pytest.raises(InputError, match=complaint):
+        check_sizes(config, num_heads=12, tokens_per_frame=tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "sizes"),
+    [((None, None), 4, (2, 2)), ((None, 4), 4, (1, 4)), ((1, None), 4, (1, 4)), ((None, None), 1, (1, 1))],
+)
+def test_sizes_not_given(given, world, sizes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = parallel_config(*given, num_heads=2)
+    assert (config.ulysses_size, config.ring_size) == sizes
+
+
+def test_script(self_forcing_env, tmp_path):  # noqa: F811
+    env = self_forcing_env | {"NPROC": "2", "PROMPT": "A cat; A dog", "ENABLE_KV_OFFLOAD": "1"}
+    result = run("self_forcing_quantized.sh", env, tmp_path)
+    for path in written(result, tmp_path):
+        assert_plays_in_a_browser(path, 9)
+    assert result.stdout.count("seconds ") == 1 and result.stdout.count("file written") == 2  # one process speaks
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"NPROC": "2", "ULYSSES_SIZE": "4"}, "ulysses_size 4 x ring_size 1 is not the number of processes (2)"),
+        ({"NPROC": "2", "OUTPUT_FOLDER": "/proc/nowhere"}, "choose another folder"),  # which the first process finds
+        ({"NPROC": "two"}, "NPROC must be a number"),
+    ],
+)
+def test_refusal(self_forcing_env, tmp_path, changes, complaint):  # noqa: F811
+    result = run("self_forcing_quantized.sh", self_forcing_env | changes, tmp_path)
+    assert (result.returncode, result.stderr.count("\n"), result.stdout) == (2, 1, ""), result.stderr
+    assert result.stderr.startswith("error: ") and complaint in result.stderr
+    assert not (tmp_path / "my videos").exists()
+
+
+def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F811
+    env = self_forcing_env | {"NPROC": "2", "NUM_OUTPUT_FRAMES": "3000"}
+    videos = tmp_path / "my videos"
+    with Process([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
+        process.wait_until(lambda: videos.is_dir() and any(path.stat().st_size for path in videos.iterdir()))
+        ranks_of_job = psutil.Process(process.popen.pid).children(recursive=True)
+        (victim,) = [child for child in ranks_of_job if child.environ().get("RANK") == "1"]
+        os.kill(victim.pid, signal.SIGKILL)
+        result = process.wait(60)
+    assert result.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 was ended by SIGKILL" in result.stderr
+    assert not list(videos.iterdir())  # the main process had time to clean up

@@ -1,0 +1,86 @@
+"""The README's two commands, no variable set: a video in which one sees what the prompt says, made by the demo model."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "example/demo_model"))
+from score import score
+from world import Scene
+
+DEFAULT = Scene("red", "circle", "from left to right", "black")
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A checkout in which nothing has been downloaded, whatever the real one holds."""
+    project = tmp_path / "project"
+    for folder in ("example", "inferix"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "weights").mkdir()
+    (project / "weights/demo").symlink_to(ROOT / "weights/demo")
+    return project
+
+
+def run(project: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Start the script from another folder, with no variable set but these."""
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix} | variables
+    command = [project / f"example/quantization/{name}_quantized.sh", *arguments]
+    return subprocess.run(command, cwd=project.parent, env=env, capture_output=True, text=True, timeout=180)
+
+
+def written(result: subprocess.CompletedProcess, project: Path) -> torch.Tensor:
+    """The one video that a run has made, [T, 3, H, W] in [0, 1]."""
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("file written") == 1
+    (path,) = (project / "outputs").iterdir()
+    return torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("quant_type", ["fp8", "int8"])
+def test_self_forcing(project, quant_type):
+    result = run(project, "self_forcing", **({} if quant_type == "fp8" else {"QUANT_TYPE": quant_type}))
+    video = written(result, project)
+    assert video.shape == (81, 3, 128, 128)
+    assert all(score(video, DEFAULT).values())
+    first, *_, last = result.stdout.splitlines()
+    assert "using the small demo model" in first and last == "high precision     condition_embedder, proj_out"
+    assert "note:" not in result.stdout
+
+
+@pytest.mark.parametrize("quant_type", ["fp8", "int8"])
+def test_causvid(project, quant_type):
+    scene = Scene("green", "triangle", "from bottom to top", "white")
+    video = written(run(project, "causvid", QUANT_TYPE=quant_type, PROMPT=scene.prompt), project)
+    assert video.shape == (3 * (81 - 9), 3, 128, 128)
+    assert all(score(video, scene).values())
+
+
+def test_a_prompt_that_the_demo_model_cannot_know_runs_and_is_said_to_be_one(project):
+    result = run(project, "self_forcing", PROMPT="A cat dancing on the moon", NUM_OUTPUT_FRAMES="3")
+    assert len(written(result, project)) == 9
+    (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
+    assert "knows only prompts of the form" in note and "A cat dancing on the moon" in note
+
+
+def test_a_path_that_the_user_sets_is_never_replaced(project):
+    """All or nothing: the demo model's base with a public checkpoint that is not there."""
+    result = run(project, "self_forcing", WAN_BASE_MODEL_PATH=str(project / "weights/demo/Wan2.1-T2V-demo"))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "self_forcing_dmd.pt not found" in result.stderr and "download.sh" in result.stderr
+    result = run(project, "causvid", CHECKPOINT_FOLDER="./weights/causvid", PROMPT="A beautiful sunset over the ocean")
+    assert (result.returncode, result.stdout) == (2, "") and "weights/causvid not found" in result.stderr
+
+
+def test_without_the_demo_model_either(project):
+    (project / "weights/demo").unlink()
+    result = run(project, "causvid")
+    assert (result.returncode, result.stdout) == (2, "") and "download.sh" in result.stderr

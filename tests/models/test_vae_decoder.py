@@ -1,0 +1,131 @@
+"""Our VAE decoder computes what diffusers' does, whole, in pieces, in any precision, for one clip after the other."""
+
+import gc
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from inferix.errors import InputError
+from inferix.models import vae_decoder
+from inferix.models.vae import StreamingDecoder, WanVAE
+from inferix.models.vae_decoder import FeatCache, VAEDecoder
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def library_model(base_dim: int = 8) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith("gamma"):
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def library_decode(model: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Latents [B, F, 16, h, w], not normalised, to [B, T, 3, H, W] in [0, 1]."""
+    return model.decode(latents.transpose(1, 2)).sample.transpose(1, 2).float() * 0.5 + 0.5
+
+
+def in_pieces(decoder: VAEDecoder, latents: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    clip = FeatCache()
+    return [decoder(piece, clip) for piece in latents.split(lengths, dim=1)]
+
+
+def assert_same(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("base_dim", "batch", "lengths", "size"),
+    [(8, 1, (3, 3, 1), (4, 6)), (8, 2, (1, 2, 3), (3, 5)), (8, 1, (4, 1, 1, 2), (4, 4)), (12, 1, (1, 1, 1), (2, 2))],
+)
+def test_like_the_library(base_dim, batch, lengths, size):
+    model = library_model(base_dim)
+    latents = torch.randn(batch, sum(lengths), 16, *size)
+    wanted, decoder = library_decode(model, latents), VAEDecoder(model)
+    assert wanted.std() > 0.05
+    assert_same(decoder(latents, FeatCache()), wanted)
+    pieces = in_pieces(decoder, latents, lengths)
+    assert [piece.shape[1] for piece in pieces] == [4 * lengths[0] - 3] + [4 * length for length in lengths[1:]]
+    assert_same(torch.cat(pieces, dim=1), wanted)
+
+
+def test_in_bfloat16_no_further_off_than_the_library():
+    model = library_model()
+    latents = torch.randn(1, 4, 16, 4, 6)
+    exact = library_decode(model, latents)
+    model = model.to(torch.bfloat16)
+    latents = latents.to(torch.bfloat16)
+    ours = torch.cat(in_pieces(VAEDecoder(model), latents, (1, 3)), dim=1)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.1 * (library_decode(model, latents) - exact).norm()
+
+
+def test_streams_do_not_disturb_each_other():
+    model = library_model()
+    latents = torch.randn(2, 1, 7, 16, 2, 4)
+    vae = WanVAE(model)
+    wanted = [vae.decode(clip) for clip in latents]
+    streams = [StreamingDecoder(vae), StreamingDecoder(vae)]
+    pieces = [[stream(clip[:, at : at + 3]) for stream, clip in zip(streams, latents)] for at in (0, 3, 6)]
+    for actual, clip in zip(zip(*pieces), wanted):
+        assert_same(torch.cat(actual, dim=1), clip)
+    del streams, pieces, actual
+    gc.collect()
+    assert len(vae.pool) == 2
+    assert_same(vae.decode(latents[0]), wanted[0])
+    vae.decode(latents[0].repeat(2, 1, 1, 1, 1))
+    assert [decoder.shape for decoder in vae.pool] == [(2, 2, 4)]
+
+
+def test_with_little_memory_it_is_the_same():
+    vae = WanVAE(library_model())
+    latents = torch.randn(1, 7, 16, 2, 4)
+    wanted = vae.decode(latents)
+    vae.low_memory = True
+    assert_same(vae.decode(latents), wanted)
+    assert vae.pool[0].low_memory
+
+
+def test_zeros_stay_finite():
+    decoder = VAEDecoder(library_model())
+    for weight in decoder.parameters():
+        weight.zero_()
+    assert_same(decoder(torch.zeros(1, 2, 16, 2, 2), FeatCache()), torch.full((1, 5, 3, 16, 16), 0.5))
+
+
+def test_another_vae_is_refused():
+    with pytest.raises(InputError, match="Wan 2.2"):
+        WanVAE(AutoencoderKLWan(base_dim=8, is_residual=True))
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+def test_compiled_functions_give_the_same():
+    """What a GPU runs compiled, compiled here; also where the output is a slice behind two other frames."""
+    compiled = {
+        name: torch.compile(getattr(vae_decoder, name).__wrapped__, dynamic=True)
+        for name in ("norm_silu", "add_norm_silu", "add", "add_bias", "to_pixels")
+    }
+    for time, channels in ((1, 16), (4, 32)):
+        x, residual = torch.randn(2, 1, time, 4, 6, channels)
+        bias, gamma = torch.nn.Parameter(torch.randn(channels)), torch.nn.Parameter(torch.randn(channels))
+        outcomes = []
+        for functions in (compiled, vars(vae_decoder)):
+            frames = torch.zeros(2, 1, 2 + time, 4, 6, channels)
+            first, second = (vae_decoder.rows(out[:, 2:]) for out in frames)
+            turned = torch.empty(1, time, 6, 4, channels)
+            functions["norm_silu"](vae_decoder.rows(x), bias, gamma, first)
+            total = functions["add_norm_silu"](vae_decoder.rows(residual), vae_decoder.rows(x), bias, gamma, second)
+            functions["add_bias"](x.transpose(2, 3), bias, turned)
+            pixels = functions["to_pixels"](frames[0], bias[:3])
+            outcomes.append([frames, total, functions["add"](residual, x, bias), turned, pixels])
+        for one, other in zip(*outcomes):
+            assert_same(one, other)

@@ -1,0 +1,148 @@
+"""What only a GPU can show: CUDA graphs, Inductor's settings, 8-bit attention, offload streams, FlashAttention-3."""
+
+import pytest
+import torch
+from conftest import relative_error
+
+from inferix.config import PipelineConfig
+from inferix.models import attention_kernels as kernels
+from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast
+from inferix.models.config import TransformerConfig
+from inferix.models.transformer import CausalWanTransformer
+from inferix.pipelines.causal_inference import CausalInferencePipeline
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+CONFIG = TransformerConfig(dim=256, ffn_dim=512, freq_dim=64, text_dim=32, text_len=32, num_heads=2, num_layers=17)
+SAMPLER = PipelineConfig(
+    (1000, 500), 5.0, local_attn_size=9, sink_size=3, global_sink=True, image_or_video_shape=(1, 9, 16, 16, 16)
+)
+
+
+class RandomBase:
+    """The same random weights in every dtype."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def transformer(self) -> CausalWanTransformer:
+        torch.manual_seed(0)
+        model = CausalWanTransformer(CONFIG).eval().requires_grad_(False)
+        for name, weight in model.named_parameters():
+            if name.endswith("scale_shift_table"):
+                weight.normal_(std=0.2)
+        return model.bfloat16().to(self.device)
+
+    def text_encoder(self) -> None:
+        return None
+
+    vae = text_encoder
+
+
+def build(device=CUDA, dtype=torch.bfloat16, offload=False, kv_cache_dtype="auto", config=SAMPLER):
+    pipeline = CausalInferencePipeline(config, RandomBase(device), device, dtype, enable_kv_offload=offload)
+    pipeline.to_device()
+    pipeline.set_kv_cache_dtype(kv_cache_dtype)
+    return pipeline
+
+
+@torch.no_grad()
+def latents(pipeline, num_frames: int = 18, switch_at: int | None = None) -> torch.Tensor:
+    """Return a video's latents, on the CPU, of draws that are the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    pipeline.draw = lambda shape, _: torch.randn(tuple(shape), generator=generator).to(pipeline.device, pipeline.dtype)
+    noise = pipeline.draw((1, 9, 16, 16, 16), None)
+    first, second = (torch.randn(1, 32, 32, generator=generator).to(pipeline.device, pipeline.dtype) for _ in range(2))
+    prompts = first
+    if switch_at is not None:
+        prompts = iter([first if start < switch_at else second for start in range(0, num_frames, 3)])
+    blocks = pipeline.denoise(noise, prompts, num_frames=num_frames)
+    return torch.cat([block.float().cpu() for block in blocks], dim=1)
+
+
+@pytest.mark.parametrize("switch_at", [None, 6, 15])
+def test_graphs_and_compiled_blocks_compute_what_the_cpu_does(switch_at):
+    torch.compiler.reset()
+    exact = latents(build(torch.device("cpu"), torch.float32), switch_at=switch_at)
+    pipeline = build()
+    actual = latents(pipeline, switch_at=switch_at)
+    error, gain = relative_error(actual, exact)
+    assert error < 0.03 and abs(gain - 1) < 0.01
+    graphs = dict(pipeline.kv_cache.graphs.graphs)
+    assert torch.equal(latents(pipeline, switch_at=switch_at), actual)
+    assert pipeline.kv_cache.graphs.graphs == graphs  # a second video captures nothing
+
+
+def test_new_weights_and_settings_drop_the_graphs():
+    pipeline = build()
+    before, cache = latents(pipeline, 9), pipeline.kv_cache
+    for block in pipeline.generator.model.blocks:
+        block.ffn.net[2] = torch.nn.Linear(512, 256).to(CUDA, torch.bfloat16).requires_grad_(False)
+    assert not torch.equal(latents(pipeline, 9), before) and pipeline.kv_cache is not cache
+    cache = pipeline.kv_cache
+    pipeline.generator.model.blocks[0].attn1.qconfig = "changed"
+    latents(pipeline, 9)
+    assert pipeline.kv_cache is not cache
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_an_offloaded_cache_changes_not_a_bit(kv_cache_dtype):
+    torch.compiler.reset()
+    resident, offloaded = (latents(build(offload=offload, kv_cache_dtype=kv_cache_dtype)) for offload in (False, True))
+    assert torch.equal(resident, offloaded)
+
+
+def test_eight_bit_cache_keeps_the_magnitude():
+    exact = latents(build(torch.device("cpu"), torch.float32))
+    error, gain = relative_error(latents(build(kv_cache_dtype="fp8")), exact)
+    assert error < 0.045 and abs(gain - 1) < 0.01
+
+
+@pytest.mark.parametrize("mean", [0.5, 2.0])
+@pytest.mark.parametrize("heads", [6, 12, 40])
+def test_eight_bit_attention(heads, mean):
+    if kernels.select(CUDA, FP8) is None:
+        pytest.skip("needs a Hopper GPU and nvidia-cudnn-frontend")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4680 * n, heads, 128, device=CUDA) for n in (1, 7, 7))
+    v += mean * torch.randn(heads, 128, device=CUDA).sign()
+    exact = kernels.aten_efficient_attention(q, k, v)[0].flatten(2)
+    parts = [Part(4680 * i, 4680) for i in range(7)]
+    means = torch.stack([v[:, p.start : p.start + p.length].mean(1) for p in parts])
+    centred = v - means.transpose(0, 1).repeat_interleave(4680, 1)
+    partials = partial_attention(*(saturating_cast(x, FP8) for x in (q, k, centred)), torch.bfloat16, parts, means)
+    error, gain = relative_error(merge_partials(partials, torch.bfloat16), exact)
+    assert error <= 0.005 and abs(gain - 1) <= 0.005
+
+
+def test_what_only_has_flash_attentions_name_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn_interface.py").write_text("def flash_attn_func(q, k, v, num_splits=1): return q, q[..., 0]")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kernels, "FLASH_ATTENTION_3", ("flash_attn_interface",))
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    kernels.flash_attention_3.cache_clear()
+    with pytest.warns(UserWarning, match="flash_attn_interface is not used"):
+        assert kernels.flash_attention_3(CUDA) is None
+    kernels.flash_attention_3.cache_clear()
+
+
+def test_norm_and_quantization_are_one_kernel():
+    """A row of 1536 values is read once: what ``inferix.runtime.inductor`` changes in Inductor."""
+    from torch._inductor import metrics
+
+    from inferix.runtime.inductor import backend
+
+    def norm_quantize(x):
+        y = torch.nn.functional.layer_norm(x.float(), (1536,))
+        scale = y.abs().amax(-1, keepdim=True) / 448
+        return (y / scale).to(torch.float8_e4m3fn), scale
+
+    x = torch.randn(1560, 1536, device=CUDA, dtype=torch.bfloat16)
+    counts = []
+    for chosen in (backend(), "inductor"):
+        torch.compiler.reset()
+        metrics.reset()
+        torch.compile(norm_quantize, backend=chosen, dynamic=False)(x)
+        counts.append(metrics.generated_kernel_count)
+    assert counts[0] == 1 <= counts[1]
