@@ -198,11 +198,8 @@ class QuantizedLinear(nn.Module):
         return self._differentiable(lambda xq: self._product(xq, x_scale, out_dtype), xq)
 
     def _product(self, xq: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-        if xq.dtype == torch.float32:
-            return QF.float_linear(xq, x_scale, self.qweight, self.weight_scale, self.bias, out_dtype)
-        return QF.linear(
-            xq, x_scale, self.qweight, self.weight_scale, self.bias, out_dtype, padded_wq=self.padded_qweight
-        )
+        weight, scale, padded = self.qweight, self.weight_scale, self.padded_qweight
+        return QF.linear(xq, x_scale, weight, scale, self.bias, out_dtype, padded_wq=padded)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input` [..., in] of any float type to [..., out] of the same type (under autocast, of autocast's).
