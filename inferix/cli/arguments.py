@@ -121,7 +121,10 @@ class RunnerParser(Parser):
         for flag, others in CONTRADICTIONS.items():
             both = [other for other in others if getattr(args, other, None)]
             if getattr(args, flag, None) and both:
-                raise InputError(f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out")
+                hint = "; a LoRA is merged before --save_quantized saves" if both[0] == "lora_path" else ""
+                raise InputError(
+                    f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out{hint}"
+                )
         if args.tiny_vae_path and args.vae != "tiny":
             raise InputError("--tiny_vae_path needs --vae tiny (VAE=tiny)")
         if args.preset:
