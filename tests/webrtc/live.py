@@ -17,7 +17,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 from processes import Process
 
-from inferix.webrtc.server import gather_from
+from inferix.webrtc.viewers import gather_from
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240

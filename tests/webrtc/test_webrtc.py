@@ -196,7 +196,7 @@ async def refuses(session: ClientSession) -> None:
         *(("/offer", body) for body in ([], None, {}, {"sdp": None}, {"sdp": "x" * 1_000_000})),
         *(
             ("/prompt", {"prompt": text})
-            for text in ("", "  ", "a\x00b", "a\nb", "\x1b[2J", "\ud800", "x" * 2001, "x" * 1_000_000, 7)
+            for text in ("", "  ", "a\x00b", "\x1b[2J", "\ud800", "x" * 2001, "x" * 1_000_000, 7)
         ),
         *(("/control", {"action": action}) for action in ("", "explode", "resume", None, ["stop"])),
     ):
