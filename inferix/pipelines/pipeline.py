@@ -26,6 +26,8 @@ from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.storyboard import Prompt
+from inferix.pipelines.workers import PromptEmbeds
 from inferix.video import VideoWriter, safe_file_name
 
 
@@ -178,9 +180,47 @@ class Pipeline:
         """Return a generator on the pipeline's device."""
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _embeddings(self, prompts: Iterable[list[str]]) -> Iterator[Tensor]:
+    def _embeddings(self, prompts: Iterable[list[str]], blending: "Blending | None" = None) -> Iterator[PromptEmbeds]:
+        """Yield the embeddings of the prompts of block after block, which go over into each other as a ``Prompt`` says.
+
+        Args:
+            prompts: one batch a block.
+            blending: that of the clip before, where a prompt may be going over still.
+        """
+        blending = blending or Blending(self.config.blend_blocks)
         for batch in prompts:
-            yield self.timed("encode prompt", self.encode_prompts, batch)
+            prompt = Prompt.of(next(iter(batch), ""))
+            yield blending.step(self.timed("encode prompt", self.encode_prompts, batch), prompt.blend, prompt.switch)
+
+
+class Blending:
+    """Go over linearly from the embeddings of one prompt to those of the next.
+
+    Args:
+        blend_blocks: blocks within which, where the prompt does not say it.
+    """
+
+    def __init__(self, blend_blocks: int):
+        self.blend_blocks = blend_blocks
+        self.current: PromptEmbeds | None = None
+        self.start: Tensor | None = None
+        """The embeddings at the begin of the change."""
+        self.target: Tensor | None = None
+        self.done = self.length = 0
+        """Blocks of the change so far, and how many it takes."""
+
+    def step(self, embeds: Tensor, blend: int | None, switch: str | None) -> PromptEmbeds:
+        """Return the next block's embeddings, where its prompt has ``embeds`` [B, L, text_dim]."""
+        if embeds is not self.target:
+            self.start = None if self.current is None else self.current.embeds
+            self.target, self.done = embeds, 0
+            self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
+        if self.done < self.length:
+            self.done += 1
+            mixed = embeds if self.done == self.length else torch.lerp(self.start, embeds, self.done / self.length)
+            self.current = PromptEmbeds(mixed, switch)
+        assert self.current is not None
+        return self.current
 
 
 def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | None, description: str) -> list[Path]:
