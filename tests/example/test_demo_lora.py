@@ -79,7 +79,7 @@ def test_the_program_writes_a_file_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lora, "LORA_SCENES", LORA_SCENES[:1])
     monkeypatch.setattr(lora, "SCENES", SCENES[:1])
     path = tmp_path / "new/white.safetensors"
-    lora.main([*"--steps=8 --batch=1 --known=1 --starts=1 --samples=1 --rank=2".split(), f"--output={path}"])
+    lora.main([*"--steps=4 --batch=1 --known=1 --starts=1 --samples=1 --rank=2".split(), f"--output={path}"])
     assert "known scenes after" in capsys.readouterr().out
     state = load_file(path)
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
