@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop the decoder's training after this time"
     )
-    parser.add_argument("--batch", type=int, default=48, help="latent frames of a step, of a window's size")
+    parser.add_argument("--batch", type=int, default=96, help="latent frames of a step, of a window's size")
     parser.add_argument("--samples", type=int, default=8, help="new videos to try it on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/demo", help="the embedded model")
