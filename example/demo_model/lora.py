@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop the training after this time")
-    parser.add_argument("--batch", type=int, default=16, help="clips of a step, or seven times as many first blocks")
+    parser.add_argument("--batch", type=int, default=8, help="clips of a step, or seven times as many first blocks")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--known", type=int, default=48, help="scenes to train on that the model knows")
     parser.add_argument("--starts", type=int, default=4, help="places that a scene's clips start from")

@@ -2,6 +2,7 @@
 
 python example/demo_model/score.py                    # the table of the README: 216 prompts, both samplers
 python example/demo_model/score.py --samplers causvid --quants int8 --prompts 12
+python example/demo_model/score.py --lora weights/demo/lora/white.safetensors     # the prompts that the LoRA teaches
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from world import ALL_COLORS, BACKGROUNDS, COLORS, DIRECTIONS, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
+from world import ALL_COLORS, BACKGROUNDS, COLORS, DIRECTIONS, LORA_SCENES, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -105,12 +106,14 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
     }
 
 
-def load_pipeline(sampler: str, quant: str, weights: Path):
-    """The embedded model, quantized as the runners do it."""
+def load_pipeline(sampler: str, quant: str, weights: Path, lora: Path | None = None):
+    """The embedded model, with a LoRA or without, quantized as the runners do it."""
     pipeline_class, checkpoint = SAMPLERS[sampler]
     config = ROOT / f"example/{sampler}/configs/{sampler}_demo.yaml"
     pipeline = pipeline_class(config, wan_base_model_path=weights / "Wan2.1-T2V-demo")
     pipeline.load_checkpoint(weights / checkpoint)
+    if lora:
+        pipeline.load_lora(lora)
     pipeline.setup_devices()
     if quant != "none":
         from dax.quant.quantization import qconfig, quantize_dynamic
@@ -150,34 +153,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
     parser.add_argument("--quants", nargs="+", choices=QUANTS, default=list(QUANTS))
-    parser.add_argument("--prompts", type=int, default=len(SCENES), help="score this many prompts, evenly chosen")
+    parser.add_argument("--prompts", type=int, default=len(SCENES), help="score at most this many, evenly chosen")
     parser.add_argument("--long", type=int, default=12, help="of these, so many also as three CausVid rollouts")
     parser.add_argument("--batch", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/demo")
+    parser.add_argument("--lora", type=Path, help="score the prompts that this LoRA teaches")
     args = parser.parse_args()
     torch.compiler.set_stance("force_eager")  # compiling takes longer than so few clips
 
+    scenes = LORA_SCENES if args.lora else SCENES
+
     def evenly(count: int) -> list[Scene]:
-        return [SCENES[i * len(SCENES) // count] for i in range(count)]
+        count = min(count, len(scenes))
+        return [scenes[i * len(scenes) // count] for i in range(count)]
 
     names = [*CRITERIA, "all four"]
     print("| sampler | weights | prompts | " + " | ".join(names) + " |")
     print("|---|---|---|" + "---|" * len(names))
 
-    def row(sampler: str, quant: str, count: int, right: dict[str, float]) -> None:
+    def row(sampler: str, quant: str, scored: list[Scene], right: dict[str, float]) -> None:
         print(
-            f"| {sampler} | {quant} | {count} | " + " | ".join(f"{right[name]:.1f}" for name in names) + " |",
+            f"| {sampler} | {quant} | {len(scored)} | " + " | ".join(f"{right[name]:.1f}" for name in names) + " |",
             flush=True,
         )
 
     for sampler in args.samplers:
         for quant in args.quants:
-            pipeline = load_pipeline(sampler, quant, args.weights)
-            row(sampler, quant, args.prompts, score_prompts(pipeline, evenly(args.prompts), args.batch, args.seed))
+            pipeline = load_pipeline(sampler, quant, args.weights, args.lora)
+            scored = evenly(args.prompts)
+            row(sampler, quant, scored, score_prompts(pipeline, scored, args.batch, args.seed))
             if sampler == "causvid" and args.long:
-                right = score_rollouts(pipeline, evenly(args.long), 3, args.seed)
-                row("causvid, 3 rollouts", quant, args.long, right)
+                scored = evenly(args.long)
+                row("causvid, 3 rollouts", quant, scored, score_rollouts(pipeline, scored, 3, args.seed))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from world import SCENES, SIZE  # noqa: E402
 
 ENCODER_WIDTH, DECODER_WIDTHS = 8, (48, 32, 16, 16)
 WINDOW = 64  # pixels
+GENERATED_FRAMES = 9  # latent frames of a generated video
 Clips = tuple[Tensor, Tensor]
 """Latents [N, F, 16, h, w], normalised, and what the VAE decodes them to, pixels [N, T, 3, 8h, 8w]."""
 
@@ -43,10 +44,10 @@ def drawn_clips(demo: DemoModel, count: int, frames: int, window: int = WINDOW) 
     return latents, demo.decode(latents)
 
 
-def generated_clips(demo: DemoModel, count: int, num_frames: int, seed: int) -> Clips:
+def generated_clips(demo: DemoModel, count: int, seed: int) -> Clips:
     """Generate random prompts' videos, and decode them."""
     chosen = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(seed))[:count]
-    latents = demo.generate([SCENES[i].prompt for i in chosen.tolist()], num_frames, seed)
+    latents = demo.generate([SCENES[i].prompt for i in chosen.tolist()], GENERATED_FRAMES, seed)
     return latents, demo.decode(latents)
 
 
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop the decoder's training after this time"
     )
-    parser.add_argument("--batch", type=int, default=48, help="latent frames of a step, of a window's size")
+    parser.add_argument("--batch", type=int, default=96, help="latent frames of a step, of a window's size")
     parser.add_argument("--samples", type=int, default=8, help="new videos to try it on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/demo", help="the embedded model")
@@ -246,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     clips = [
         drawn_clips(demo, args.drawn, 9),
         drawn_clips(demo, max(1, args.drawn // 8), 17),
-        generated_clips(demo, args.generated, 9, args.seed),
+        generated_clips(demo, args.generated, args.seed),
     ]
     print(f"clips: {time.perf_counter() - start:.0f} s", flush=True)
     model = TAEHV(ENCODER_WIDTH, DECODER_WIDTHS)
@@ -254,8 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     distil(model.to(demo.device, memory_format=torch.channels_last), clips, args)
     print(f"{args.output}: {args.output.stat().st_size} bytes, {time.perf_counter() - start:.0f} s in all")
     samples = ROOT / "outputs/demo_model"
-    report(model, drawn_clips(demo, args.samples, 17, SIZE), "drawn videos", samples / "tiny_vae_drawn.png")
-    report(model, generated_clips(demo, args.samples, 9, args.seed + 1), "generated videos", samples / "tiny_vae.png")
+    report(model, drawn_clips(demo, args.samples, 9, SIZE), "drawn videos", samples / "tiny_vae_drawn.png")
+    report(model, generated_clips(demo, args.samples, args.seed + 1), "generated videos", samples / "tiny_vae.png")
 
 
 if __name__ == "__main__":
