@@ -26,6 +26,7 @@ from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.runtime.startup import STARTUP
 from inferix.video import VideoWriter, safe_file_name
 
 
@@ -92,6 +93,7 @@ class Pipeline:
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
+        STARTUP.mark("base model")
 
     @property
     def transformer(self) -> CausalWanTransformer:
@@ -117,6 +119,7 @@ class Pipeline:
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
         self.quantized_weights, self.loras = quantized_weights(checkpoint), []
+        STARTUP.mark("checkpoint")
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -128,6 +131,7 @@ class Pipeline:
         for name in changed:
             self.quantized_weights.pop(name, None)
         self.loras.append((Path(path), strength, len(changed)))
+        STARTUP.mark("LoRA")
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
@@ -139,6 +143,7 @@ class Pipeline:
             raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
+        STARTUP.mark("to the device")
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -172,6 +177,7 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         if result is not None:  # None: the iterator that ``next`` was called on has ended
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
     def seeded(self, seed: int) -> torch.Generator:
