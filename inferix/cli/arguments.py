@@ -150,7 +150,9 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_switch("--save_with_index", help="name files after the prompt's number instead of its words")
     parser.add_switch("--i2v", help="image to video: start from --image_path")
     add("--image_path", type=existing_path, help="the first frame, for --i2v")
-    parser.add_switch("--enable_profiling", help="say how long text encoding, each block and its decoding took")
+    parser.add_switch(
+        "--enable_profiling", help="say how long start-up, text encoding, each block and its decoding took"
+    )
     args = parser.parse_args(argv)
     if args.i2v != (args.image_path is not None):
         raise InputError("--i2v and --image_path (I2V=1 IMAGE_PATH=...) go together: one of them is missing")

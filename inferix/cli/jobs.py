@@ -28,6 +28,7 @@ from inferix.cli.report import Report, quantization_name
 from inferix.errors import InputError
 from inferix.pipelines.pipeline import Pipeline
 from inferix.pipelines.storyboard import Storyboard, first_frame
+from inferix.runtime.startup import STARTUP
 from inferix.video import SegmentedVideoWriter, VideoWriter
 from inferix.webrtc.session import Session, WebRTCConfig
 
@@ -55,10 +56,12 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         return
     if getattr(args, "enable_profiling", False):
         pipeline.stage_seconds = {}
+    STARTUP.mark("quantization")
     report, planner = Report(args, pipeline), Planner(args, pipeline, session)
     planned = planner.from_flags()
     if session is not None:
         session.ready(quantization_name(args), report.bytes_after, planner.read_image)
+        STARTUP.mark("viewer")
         planned = session.clips(planned, planner.from_prompt)
     generated: deque[Job] = deque()
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inferix.errors import InputError
+from inferix.runtime.startup import STARTUP
 
 GRACE_SECONDS = 5
 """Time for an orderly end when a job has failed."""
@@ -24,6 +25,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     With ``argv=None`` this is a process of its own: SIGINT, SIGTERM and SIGHUP end it in order, incomplete files removed.
     """
     if argv is None:
+        STARTUP.mark("Python and imports")
         handle_signals()
         if "RANK" in os.environ:
             watch_sigterm()

@@ -26,6 +26,7 @@ from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
+from inferix.runtime.startup import STARTUP
 
 
 class CausalInferencePipeline:
@@ -231,6 +232,7 @@ class CausalInferencePipeline:
             for first in (0, plan.block_size):  # contiguous in the cache, and not
                 self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
+        STARTUP.mark("compile and capture")
 
     def block_noise(
         self, noise: Tensor | None, start: int, size: int, plan: ClipPlan, generator: torch.Generator | None

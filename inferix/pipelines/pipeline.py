@@ -28,6 +28,7 @@ from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.pipelines.storyboard import Prompt
 from inferix.pipelines.workers import PromptEmbeds
+from inferix.runtime.startup import STARTUP
 from inferix.video import VideoWriter, safe_file_name
 
 
@@ -94,6 +95,7 @@ class Pipeline:
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
+        STARTUP.mark("base model")
 
     @property
     def transformer(self) -> CausalWanTransformer:
@@ -119,6 +121,7 @@ class Pipeline:
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
         self.quantized_weights, self.loras = quantized_weights(checkpoint), []
+        STARTUP.mark("checkpoint")
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -130,6 +133,7 @@ class Pipeline:
         for name in changed:
             self.quantized_weights.pop(name, None)
         self.loras.append((Path(path), strength, len(changed)))
+        STARTUP.mark("LoRA")
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
@@ -141,6 +145,7 @@ class Pipeline:
             raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
+        STARTUP.mark("to the device")
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -174,6 +179,7 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         if result is not None:  # None: the iterator that ``next`` was called on has ended
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
     def seeded(self, seed: int) -> torch.Generator:
