@@ -209,8 +209,8 @@ class UnitPart:
     def handle_error(self, error: BaseException) -> bool:
         """Record an error and return True; False where it is not one of this prompt alone.
 
-        With several ranks in the group, one that fails in the middle of a block leaves the others waiting for it: then the
-        error is recorded and ends the run.
+        With several ranks in the group, one that fails while they compute leaves the others waiting for it: then the error is
+        recorded and ends the run.
         """
         if not isinstance(error, InputError | RuntimeError | MemoryError) or isinstance(error, WriteError):
             return False
@@ -219,7 +219,8 @@ class UnitPart:
         parallel = self.batch.pipeline.pipeline.context_parallel
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         lost_gpu = isinstance(error, torch.AcceleratorError) and not out_of_memory
-        goes_on = not lost_gpu and (parallel is None or not parallel.in_block)
+        alone = parallel is None or (isinstance(error, InputError) and not parallel.in_block)
+        goes_on = alone and not lost_gpu
         if out_of_memory and goes_on and len(self.samples) > 1:
             middle = len(self.samples) // 2
             self.halves = [self.samples[:middle], self.samples[middle:]]

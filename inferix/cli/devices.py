@@ -101,12 +101,14 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
     parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
     if pipeline.is_main_process:
         encoder: Any = pipeline.text_encoder.model
-        vae: Any = pipeline.vae.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
+    if pipeline.vae is not None:
+        vae: Any = pipeline.vae.model
         parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
         tiny = isinstance(pipeline.vae.model, TAEHV)
         base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
-        parts["VAE's activations"] = vae_memory(config, batch, base_dim, item, low_memory)
+        activations = vae_memory(config, batch, base_dim, item, low_memory)
+        parts["VAE's activations"] = activations // (ranks if pipeline.vae.can_share else 1)
     return parts
 
 

@@ -4,6 +4,7 @@ Whatever decides that (samples, prompt files, typed prompts, the web page, sever
 iterates ``jobs`` and streams each.
 """
 
+import os
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from inferix.cli.record import Recorder
 from inferix.cli.report import Report, quantization_name
 from inferix.errors import InputError
 from inferix.pipelines.pipeline import Pipeline
+from inferix.runtime.startup import STARTUP
 from inferix.webrtc.session import Session, WebRTCConfig
 
 
@@ -27,7 +29,8 @@ def webrtc_session(args: Namespace) -> AbstractContextManager[Session | None]:
         from inferix.webrtc.server import serve
     except ImportError as error:
         raise InputError(f"streaming needs aiortc and aiohttp ({error}): run ./setup.sh") from None
-    return serve(WebRTCConfig(args.webrtc_host, args.webrtc_port, args.webrtc_exit, args.webrtc_wait))
+    token = os.environ.get("WEBRTC_TOKEN") or None  # no flag: everybody on a machine can see a process's flags
+    return serve(WebRTCConfig(args.webrtc_host, args.webrtc_port, args.webrtc_exit, args.webrtc_wait, token))
 
 
 def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) -> Iterator[Job]:
@@ -43,6 +46,7 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         return
     if getattr(args, "enable_profiling", False):
         pipeline.stage_seconds = {}
+    STARTUP.mark("quantization")
     report, recorder = Report(args, pipeline), Recorder(args, pipeline)
     if args.entries is not None:
         yield from Batch(args, pipeline, recorder, report).jobs()
@@ -50,7 +54,8 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
     planner = Planner(args, pipeline, recorder, session)
     planned = planner.from_flags()
     if session is not None:
-        session.ready(quantization_name(args), report.bytes_after)
+        session.ready(quantization_name(args), report.bytes_after, planner.read_image)
+        STARTUP.mark("viewer")
         planned = session.clips(planned, planner.from_prompt)
     generated: deque[Job] = deque()
     try:
@@ -63,3 +68,5 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         while generated:
             report.add(generated.popleft())
     report.print()
+    if session is not None and session.problem is not None:
+        raise InputError(f"a file is missing: {session.problem}")

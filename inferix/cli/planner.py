@@ -1,8 +1,9 @@
 """Jobs: what one call of ``pipeline.stream`` is given, made of the flags, and where its frames go."""
 
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +20,9 @@ from inferix.cli.file_names import prompt_stem, prompt_stems, video_names
 from inferix.cli.model_paths import display_path
 from inferix.cli.prompts import example_prompt, prompt_note, read_prompts, storyboard_of, typed_prompts
 from inferix.cli.record import Recorder, output_folder
+from inferix.errors import InputError
 from inferix.pipelines.pipeline import Pipeline
-from inferix.pipelines.storyboard import Storyboard
+from inferix.pipelines.storyboard import Storyboard, first_frame
 from inferix.video import SegmentedVideoWriter, VideoWriter
 from inferix.webrtc.session import Session
 
@@ -44,6 +46,8 @@ class Job:
     num_blocks: int | None
     """Pieces that the stream will yield; None: not known."""
     session: Session | None
+    first_frame: Callable[[int], int]
+    """Returns the first pixel frame of a block of the video, both counted from 0."""
     num_rollout: int | None = None
     num_output_frames: int | None = None
     image: Tensor | None = None
@@ -69,13 +73,27 @@ class Job:
         start = time.perf_counter()
         written = [writer for writer in self.writers if writer.frames]
         for writer in written:
-            paths = writer.result()
-            for path in [paths] if isinstance(paths, Path) else paths:
-                self.announce_file("file written       ", path)
-            if self.storyboard is not None:
-                self.announce_file("storyboard written ", self.storyboard.write(writer.path.with_suffix(".yaml")))
+            try:
+                paths = writer.result()
+                for path in [paths] if isinstance(paths, Path) else paths:
+                    self.announce_file("file written       ", path)
+                if self.storyboard is not None:
+                    self.announce_file("storyboard written ", self.storyboard.write(writer.path.with_suffix(".yaml")))
+            except InputError as error:
+                self.report_file_error(error)
         self.seconds += time.perf_counter() - start
         return sum(writer.frames for writer in written)
+
+    def report_file_error(self, error: InputError) -> None:
+        """Print what went wrong with a file and show it on the web page, where the video is watched all the same.
+
+        Without the page, and before its first frame, raise ``error``.
+        """
+        if self.session is None or not self.session.has_generated:
+            raise error
+        if str(error) != self.session.problem:
+            print(f"error: {error}", file=sys.stderr)
+            self.session.report_problem(str(error))
 
     def announce_file(self, label: str, path: Path) -> None:
         """Print a file's name, and offer it on the web page."""
@@ -109,14 +127,25 @@ class JobWriter:
     def __enter__(self) -> "JobWriter":
         job = self.job
         with ExitStack() as stack:
-            job.writers = [stack.enter_context(self._open(*video)) for video in zip(job.samples, job.paths)]
+            self.stack = stack
+            self._open_files()
             bar = tqdm(total=job.num_blocks, desc=job.paths[0].stem[:24], unit="block", disable=job.batch is not None)
             self.progress = job.batch or stack.enter_context(bar)
             self.stack = stack.pop_all()
         if job.session is not None:
-            job.session.begin_clip(job.num_blocks)
+            job.session.begin_clip(job.num_blocks, job.first_frame)
         job.start = time.perf_counter()
         return self
+
+    def _open_files(self) -> None:
+        job, self.job.writers = self.job, []
+        try:
+            for sample, path in zip(job.samples, job.paths):
+                writer = self._open(sample, path)
+                self.stack.enter_context(writer)
+                job.writers.append(writer)
+        except InputError as error:
+            job.report_file_error(error)
 
     def _open(self, sample: int, path: Path) -> VideoWriter | SegmentedVideoWriter:
         """Return the writer of a batch entry, which records the file when it is complete."""
@@ -136,14 +165,23 @@ class JobWriter:
 
     def write(self, frames: Tensor) -> None:
         """Write frames [B, t, 3, H, W] in [0, 1]; return after a pause where a viewer has paused."""
-        for writer, video in zip(self.job.writers, frames):
-            writer.write(video)
+        try:
+            for writer, video in zip(self.job.writers, frames):
+                writer.write(video)
+        except InputError as error:
+            self.job.report_file_error(error)
+            self.job.writers = []
+            if self.job.endless:  # what comes from now on is kept
+                self._open_files()
         self.progress.update()
         if self.job.session is not None:
             self.job.session.show(frames[0])
 
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> bool:
-        self.stack.__exit__(error_type, error, traceback)
+        try:
+            self.stack.__exit__(error_type, error, traceback)
+        except InputError as file_error:
+            self.job.report_file_error(file_error)
         self.job.seconds = time.perf_counter() - self.job.start
         if self.job.session is not None:
             self.job.storyboard, self.job.stopped = self.job.session.end_clip(), self.job.session.stop_requested
@@ -159,6 +197,9 @@ class Planner:
         self.args, self.recorder, self.session = args, recorder, session
         self.pipeline: Any = pipeline  # of the class that belongs to ``args.model``
         self.folder = output_folder(args)
+        can_start_from_image = args.model == "self_forcing" and args.vae == "full"
+        self.read_image = getattr(pipeline, "read_image", None) if can_start_from_image else None
+        """Makes an image file the model's first frame; None: it cannot start from one."""
 
     def make(self, prompts: str | Storyboard, stem: str) -> Iterator[Job]:
         """Yield the jobs of a prompt, or of prompts over time: of Self-Forcing one for as many samples as fit into memory."""
@@ -189,10 +230,11 @@ class Planner:
         else:
             yield from chain.from_iterable(map(self.make, prompts, prompt_stems(prompts, False)))
 
-    def from_prompt(self, prompt: str) -> Job:
-        """Return the job of a prompt that was typed on the page."""
-        (job,) = self.make(prompt, prompt_stem(prompt))
-        return job
+    def from_prompt(self, prompt: str, image: Tensor | None = None) -> Job:
+        """Return the job of a prompt that was typed on the page, and of the image that it starts from."""
+        if self.args.model == "causvid":
+            return self.causvid(prompt, prompt_stem(prompt))
+        return self.self_forcing(prompt, prompt_stem(prompt), range(self.args.num_samples), image)
 
     def interactive(self, typed: Iterator[str]) -> Iterator[Job]:
         """Yield the job of prompts from standard input, and further ones with the rest when one is stopped on the page."""
@@ -210,10 +252,24 @@ class Planner:
             yield job
             prompts = list(left) if job.stopped and len(prompts) > 1 else []
 
-    def self_forcing(self, prompts: str | Storyboard, stem: str, samples: Sequence[int]) -> Job:
-        """Return the job of some samples of a prompt, or of prompts over time: one batch."""
+    def self_forcing(
+        self, prompts: str | Storyboard, stem: str, samples: Sequence[int], image: Tensor | None = None
+    ) -> Job:
+        """Return the job of some samples of a prompt, or of prompts over time: one batch.
+
+        Args:
+            prompts: one, or a storyboard.
+            stem: of the files' names.
+            samples: their numbers, of ``--num_samples``.
+            image: what it starts from, in place of ``--image_path``.
+        """
         args, pipeline, shown = self.args, self.pipeline, list[str]()
-        image = pipeline.read_image(args.image_path) if args.i2v else None
+        size, num_frames = pipeline.config.num_frame_per_block, args.num_output_frames
+        if image is not None and not args.i2v and num_frames is not None:
+            num_frames -= size - 1  # the image's frame takes the place of a block
+        if image is None and args.i2v:
+            image = pipeline.read_image(args.image_path)
+        num_given = 0 if image is None else 1
         fixed = isinstance(prompts, str) and self.session is None
         by_block = repeat(prompts) if isinstance(prompts, str) else prompts.prompts(count())
         batches = ([prompt] * len(samples) for prompt in self.announced(zip(count(), by_block), shown))
@@ -225,9 +281,10 @@ class Planner:
             samples=samples,
             generator=pipeline.seeded(args.seed, samples, args.num_samples),
             recorder=self.recorder,
-            num_blocks=pipeline.num_blocks(args.num_output_frames, int(args.i2v)),
+            num_blocks=pipeline.num_blocks(num_frames, num_given),
             session=self.session,
-            num_output_frames=args.num_output_frames,
+            first_frame=partial(first_frame, block_size=size, num_given=num_given),
+            num_output_frames=num_frames,
             image=image,
             endless=args.endless,
         )
@@ -253,6 +310,7 @@ class Planner:
             recorder=self.recorder,
             num_blocks=pipeline.num_blocks(iter(()), num_rollout, args.num_overlap_frames, clip),
             session=self.session,
+            first_frame=partial(first_frame, block_size=size),
             num_rollout=num_rollout,
         )
 

@@ -55,7 +55,7 @@ def storyboard_of(args: Namespace, config: "PipelineConfig") -> Storyboard:
         num_blocks = None if args.num_output_frames is None else given + (args.num_output_frames - given) // size
     else:
         num_blocks = ((args.num_rollout or 3) * (clip - args.num_overlap_frames) + args.num_overlap_frames) // size
-    return read_storyboard(args.storyboard, size, given, num_blocks)
+    return read_storyboard(args.storyboard, size, given, num_blocks, config.switch_frame_indices)
 
 
 def typed_prompts() -> Iterator[str]:
@@ -99,6 +99,8 @@ def prompt_note(pipeline: "Pipeline", prompt: str) -> str | None:
     if template is None:
         unknown = pipeline.pipeline.text_encoder.unknown_words(prompt)
         return f"the tokenizer does not know: {', '.join(unknown)}" if unknown else None
+    if pipeline.loras:
+        return None  # what it was taught is in no template
     parts = re.split(r"\{([^}]*)\}", template)  # text, choices, text, choices, …
     pattern = "".join(f"({part})" if number % 2 else re.escape(part) for number, part in enumerate(parts))
     if re.fullmatch(pattern, prompt.strip().rstrip("."), re.IGNORECASE):

@@ -11,7 +11,8 @@ Self-attention needs more than a rank's own tokens and gets them in two ways:
 The cache is sharded both ways: a rank keeps its heads of its ring part's tokens. Rank r * ulysses_size + u is number r of
 its ring and number u of its Ulysses group.
 
-Rank 0 of the group is the main process: it has the text encoder and the VAE and tells the others what to denoise.
+Rank 0 of the group is the main process: it has the text encoder and the VAE's encoder and tells the others what to denoise and
+decode.
 """
 
 import atexit
@@ -73,7 +74,7 @@ class ProcessGroups(NamedTuple):
 
     ulysses: dist.ProcessGroup
     ring: dist.ProcessGroup
-    clip: dist.ProcessGroup
+    clip: Any
     """All ranks that share a clip."""
     control: dist.ProcessGroup
     """The same ranks, for messages from the main process."""
@@ -146,7 +147,7 @@ class ContextParallel:
         dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    # --- inside the transformer: static shapes and no synchronization with the host, as CUDA graphs require ---
+    # --- inside the networks: static shapes and no synchronization with the host, as CUDA graphs require ---
 
     def shard(self, tokens: Tensor) -> Tensor:
         """Return this rank's tokens [B, F, s, D] of all tokens [B, F, S, D]."""
@@ -158,9 +159,19 @@ class ContextParallel:
 
     def all_gather(self, tokens: Tensor) -> Tensor:
         """Return all tokens [B, F, S, D] from every rank's ``shard`` [B, F, s, D]."""
-        gathered = tokens.new_empty(self.world_size, *tokens.shape)
-        _all_gather(gathered.flatten(0, 1), tokens.contiguous(), group=self.group)
-        return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return self.all_gather_stacked(tokens).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def all_gather_stacked(self, tensor: Tensor) -> Tensor:
+        """Return every rank's ``tensor``, of one shape, as [N, ...]."""
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        _all_gather(gathered.flatten(0, 1), tensor.contiguous(), group=self.group)
+        return gathered
+
+    def gather_stacked(self, tensor: Tensor) -> Tensor | None:
+        """Return every rank's ``tensor``, of one shape, as [N, ...] in the main process; None on the other ranks."""
+        gathered = tensor.new_empty(self.world_size, *tensor.shape) if self.is_main_process else None
+        dist.gather(tensor.contiguous(), None if gathered is None else list(gathered), group=self.group, group_dst=0)
+        return gathered
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean over all ranks, in place."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from inferix.config import ParallelConfig
 from inferix.errors import InputError
 from inferix.file_name import safe_file_name
-from inferix.pipelines.pipeline import Pipeline, write_videos
+from inferix.pipelines.pipeline import Blending, Pipeline, write_videos
 
 RolloutPrompt = str | Iterator[str]
 """A prompt for a whole rollout, or an iterator that is asked before each of its blocks."""
@@ -78,12 +78,12 @@ class CausVidPipeline(Pipeline):
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
-        start_latents = None
+        start_latents, blending = None, Blending(self.config.blend_blocks)
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
                 embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
             else:
-                embeds = self._embeddings([text] for text in prompt)
+                embeds = self._embeddings(([text] for text in prompt), blending)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]

@@ -28,6 +28,9 @@ from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.pipelines.noise import SampleGenerator
+from inferix.pipelines.storyboard import Prompt
+from inferix.pipelines.workers import PromptEmbeds
+from inferix.runtime.startup import STARTUP
 from inferix.video import VideoWriter
 
 
@@ -94,6 +97,7 @@ class Pipeline:
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
+        STARTUP.mark("base model")
 
     @property
     def transformer(self) -> CausalWanTransformer:
@@ -119,6 +123,7 @@ class Pipeline:
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
         self.quantized_weights, self.loras = quantized_weights(checkpoint), []
+        STARTUP.mark("checkpoint")
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -130,6 +135,7 @@ class Pipeline:
         for name in changed:
             self.quantized_weights.pop(name, None)
         self.loras.append((Path(path), strength, len(changed)))
+        STARTUP.mark("LoRA")
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
@@ -141,6 +147,7 @@ class Pipeline:
             raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
+        STARTUP.mark("to the device")
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -174,6 +181,7 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         if result is not None:  # None: the iterator that ``next`` was called on has ended
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
     def seeded(self, seed: int, samples: Sequence[int] | None = None, num_samples: int = 1) -> torch.Generator:
@@ -190,9 +198,47 @@ class Pipeline:
         generator.samples, generator.num_samples = samples, num_samples
         return generator.manual_seed(seed)
 
-    def _embeddings(self, prompts: Iterable[list[str]]) -> Iterator[Tensor]:
+    def _embeddings(self, prompts: Iterable[list[str]], blending: "Blending | None" = None) -> Iterator[PromptEmbeds]:
+        """Yield the embeddings of the prompts of block after block, which go over into each other as a ``Prompt`` says.
+
+        Args:
+            prompts: one batch a block.
+            blending: that of the clip before, where a prompt may be going over still.
+        """
+        blending = blending or Blending(self.config.blend_blocks)
         for batch in prompts:
-            yield self.timed("encode prompt", self.encode_prompts, batch)
+            prompt = Prompt.of(next(iter(batch), ""))
+            yield blending.step(self.timed("encode prompt", self.encode_prompts, batch), prompt.blend, prompt.switch)
+
+
+class Blending:
+    """Go over linearly from the embeddings of one prompt to those of the next.
+
+    Args:
+        blend_blocks: blocks within which, where the prompt does not say it.
+    """
+
+    def __init__(self, blend_blocks: int):
+        self.blend_blocks = blend_blocks
+        self.current: PromptEmbeds | None = None
+        self.start: Tensor | None = None
+        """The embeddings at the begin of the change."""
+        self.target: Tensor | None = None
+        self.done = self.length = 0
+        """Blocks of the change so far, and how many it takes."""
+
+    def step(self, embeds: Tensor, blend: int | None, switch: str | None) -> PromptEmbeds:
+        """Return the next block's embeddings, where its prompt has ``embeds`` [B, L, text_dim]."""
+        if embeds is not self.target:
+            self.start = None if self.current is None else self.current.embeds
+            self.target, self.done = embeds, 0
+            self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
+        if self.done < self.length:
+            self.done += 1
+            mixed = embeds if self.done == self.length else torch.lerp(self.start, embeds, self.done / self.length)
+            self.current = PromptEmbeds(mixed, switch)
+        assert self.current is not None
+        return self.current
 
 
 def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | None, description: str) -> list[Path]:

@@ -11,7 +11,7 @@ from processes import Process
 from scripts import SCRIPTS, assert_plays_in_a_browser, run, self_forcing_env  # noqa: F401
 
 from inferix import InputError, ParallelConfig
-from inferix.cli import data_parallel
+from inferix.cli import data_parallel, main
 from inferix.cli.devices import parallel_config
 from inferix.cli.main import Interrupt
 
@@ -135,12 +135,13 @@ def test_sizes_that_do_not_fit(monkeypatch):
         parallel_config(None, None, num_heads=12, data_parallel=2)
 
 
-def test_interrupts():
+def test_interrupts(monkeypatch):
+    monkeypatch.setattr(main, "received", [])
     interrupt = Interrupt()
     with pytest.raises(KeyboardInterrupt):
-        interrupt.handle()
+        interrupt.handle(signal.SIGINT, None)
     interrupt.graceful = True
-    interrupt.handle()
+    interrupt.handle(signal.SIGINT, None)
     assert interrupt.requested
     with pytest.raises(KeyboardInterrupt):
-        interrupt.handle()
+        interrupt.handle(signal.SIGINT, None)

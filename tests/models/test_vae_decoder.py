@@ -10,8 +10,9 @@ from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.models import vae_decoder
+from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import StreamingDecoder, WanVAE
-from inferix.models.vae_decoder import FeatCache, VAEDecoder
+from inferix.models.vae_decoder import VAEDecoder
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from aiohttp import ClientSession
 from aiortc import RTCPeerConnection
 from chromium import Page, chromium
 from conftest import ROOT
-from live import Script, Viewer, state, until
+from live import LIMIT, Script, Viewer, state, until
 from processes import Process
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "example/demo_model"))
 from score import segment  # noqa: E402
 from world import BACKGROUNDS, COLORS, Scene  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)
 RED = Scene("red", "square", "from left to right", "white")
 BLUE = Scene("blue", "circle", "from right to left", "black")
 RECORD_TIMESTAMPS = """
@@ -48,7 +49,7 @@ async def shows(page: Page) -> tuple[str, str]:
     return seen, list(BACKGROUNDS)[background.item()]
 
 
-async def until_shown(page: Page, scene: Scene, seconds: float = 60) -> None:
+async def until_shown(page: Page, scene: Scene, seconds: float = LIMIT) -> None:
     async with asyncio.timeout(seconds):
         while await shows(page) != (scene.color, scene.background):
             await asyncio.sleep(0.2)
@@ -69,7 +70,6 @@ def video(path) -> torch.Tensor:
     return torch.from_numpy(iio.imread(path)).permute(0, 3, 1, 2) / 255
 
 
-@pytest.mark.timeout(300)
 def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
     async def body(script: Script):
         async with chromium() as page:
@@ -110,7 +110,7 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
             await page.until("document.body?.dataset.status === 'idle'")
             await focus(page, "stop")
             await page.press("Enter")
-            assert (await asyncio.to_thread(script.wait)).returncode == 0
+            assert (await asyncio.to_thread(script.wait, LIMIT)).returncode == 0
 
     variables = {"PROMPT": RED.prompt, "WEBRTC_WAIT": "1", "NUM_OUTPUT_FRAMES": "63"}
     with Script("self_forcing", tmp_path / "out", **variables) as script:
@@ -128,7 +128,6 @@ def assert_goes_over(frames: torch.Tensor) -> None:
         assert (backgrounds[part] == list(BACKGROUNDS).index(scene.background)).all()
 
 
-@pytest.mark.timeout(300)
 def test_a_typed_prompt_steers_the_next_block_of_causvid(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
@@ -161,7 +160,6 @@ def test_a_typed_prompt_steers_the_next_block_of_causvid(tmp_path):
     assert_goes_over(video(path))
 
 
-@pytest.mark.timeout(300)
 def test_sixteen_viewers_one_that_vanishes_and_unwelcome_guests(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
@@ -198,7 +196,7 @@ async def refuses(session: ClientSession) -> None:
         *(("/offer", body) for body in ([], None, {}, {"sdp": None}, {"sdp": "x" * 1_000_000})),
         *(
             ("/prompt", {"prompt": text})
-            for text in ("", "  ", "a\x00b", "a\nb", "\x1b[2J", "\ud800", "x" * 2001, "x" * 1_000_000, 7)
+            for text in ("", "  ", "a\x00b", "\x1b[2J", "\ud800", "x" * 2001, "x" * 1_000_000, 7)
         ),
         *(("/control", {"action": action}) for action in ("", "explode", "resume", None, ["stop"])),
     ):
@@ -240,7 +238,7 @@ async def refuses(session: ClientSession) -> None:
 
 def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
     with Script("self_forcing", tmp_path / "out", NUM_OUTPUT_FRAMES="3", WEBRTC_EXIT="1") as script:
-        assert script.wait().returncode == 0
+        assert script.wait(LIMIT).returncode == 0
     (path,) = script.folder.glob("*.mp4")
     assert len(video(path)) == 9
 
@@ -248,7 +246,7 @@ def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
 def test_ctrl_c_completes_an_endless_video(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
-            now = await until(session, lambda now: now["block"] >= 2, 90)
+            now = await until(session, lambda now: now["block"] >= 2)
             assert now["blocks"] is None
 
     with Script("self_forcing", tmp_path / "out", ENDLESS="1") as script:
@@ -269,6 +267,6 @@ def test_a_taken_port_is_said_in_one_line(tmp_path, capsys):
     with serve(WebRTCConfig(port=0)):
         port = urlsplit(capsys.readouterr().out.split()[-1]).port
         with Script("self_forcing", tmp_path / "out", WEBRTC_PORT=str(port)) as script:
-            result = script.wait()
+            result = script.wait(LIMIT)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert "taken" in result.stderr and "--webrtc_port" in result.stderr
