@@ -100,9 +100,7 @@ class Batch:
         interrupt.graceful = True
         with self.bar:
             for unit in self.units:
-                if interrupt.requested:
-                    self.queue.request_stop()
-                if self.queue.stop_requested():
+                if self.stop_requested():
                     break
                 if self.missing(unit) and self.queue.claim(unit.number):
                     self.refresh()  # a process that is no more may have made it after the last look
@@ -110,6 +108,7 @@ class Batch:
             wait_for_writers()
             self.queue.end()
             while self.is_first and not self.queue.all_ended():
+                self.stop_requested()  # tells the other groups
                 self.refresh()
                 time.sleep(POLL_SECONDS)
             self.refresh()
@@ -118,6 +117,12 @@ class Batch:
             self.finish(stopped)
         if stopped:
             raise KeyboardInterrupt
+
+    def stop_requested(self) -> bool:
+        """Return whether Ctrl-C was pressed in any group."""
+        if interrupt.requested:
+            self.queue.request_stop()
+        return self.queue.stop_requested()
 
     def missing(self, unit: Unit) -> list[int]:
         """Return the samples of a unit that are to be made."""

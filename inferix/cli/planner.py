@@ -35,7 +35,7 @@ class Job:
     """The flags of a run that makes this alone."""
     prompts: list | Iterator
     """As ``stream`` takes them. With a web page they end early when the clip is stopped there."""
-    shown: list[str]
+    prompt_history: list[str]
     """The prompts that were generated so far, one after the other."""
     paths: list[Path]
     """One for each batch entry."""
@@ -160,7 +160,7 @@ class JobWriter:
 
     def _record(self, sample: int, writer: VideoWriter) -> None:
         job = self.job
-        identity = job.recorder.identity(job.args, "; ".join(job.shown), sample)
+        identity = job.recorder.identity(job.args, "; ".join(job.prompt_history), sample)
         job.recorder.add(identity, job, writer)
 
     def write(self, frames: Tensor) -> None:
@@ -263,7 +263,7 @@ class Planner:
             samples: their numbers, of ``--num_samples``.
             image: what it starts from, in place of ``--image_path``.
         """
-        args, pipeline, shown = self.args, self.pipeline, list[str]()
+        args, pipeline, prompt_history = self.args, self.pipeline, list[str]()
         size, num_frames = pipeline.config.num_frame_per_block, args.num_output_frames
         if image is not None and not args.i2v and num_frames is not None:
             num_frames -= size - 1  # the image's frame takes the place of a block
@@ -272,11 +272,11 @@ class Planner:
         num_given = 0 if image is None else 1
         fixed = isinstance(prompts, str) and self.session is None
         by_block = repeat(prompts) if isinstance(prompts, str) else prompts.prompts(count())
-        batches = ([prompt] * len(samples) for prompt in self.announced(zip(count(), by_block), shown))
+        batches = ([prompt] * len(samples) for prompt in self.announced(zip(count(), by_block), prompt_history))
         return Job(
             args=args,
             prompts=next(batches) if fixed else batches,
-            shown=shown,
+            prompt_history=prompt_history,
             paths=self.paths(video_names(args, stem, samples)),
             samples=samples,
             generator=pipeline.seeded(args.seed, samples, args.num_samples),
@@ -291,7 +291,7 @@ class Planner:
 
     def causvid(self, prompts: str | Iterator[str] | Storyboard, stem: str, num_rollout: int | None = None) -> Job:
         """Return the job of one video: a single prompt for all its rollouts, one for each, or a storyboard's."""
-        args, pipeline, shown = self.args, self.pipeline, list[str]()
+        args, pipeline, prompt_history = self.args, self.pipeline, list[str]()
         size, clip = pipeline.config.num_frame_per_block, pipeline.config.image_or_video_shape[1]
         num_rollout = args.num_rollout or num_rollout or (None if isinstance(prompts, Iterator) else 3)
         blocks = rollout_blocks(clip // size, args.num_overlap_frames // size)
@@ -302,8 +302,8 @@ class Planner:
             by_block = chain.from_iterable(repeat(prompt, clip // size) for prompt in rollouts)
         return Job(
             args=args,
-            prompts=each_rollout(self.announced(zip(blocks, by_block), shown), clip // size),
-            shown=shown,
+            prompts=each_rollout(self.announced(zip(blocks, by_block), prompt_history), clip // size),
+            prompt_history=prompt_history,
             paths=self.paths(video_names(args, stem)),
             samples=[0],
             generator=pipeline.seeded(args.seed),
@@ -314,17 +314,17 @@ class Planner:
             num_rollout=num_rollout,
         )
 
-    def announced(self, given: Iterator[tuple[int, str]], shown: list[str]) -> Iterator[str]:
+    def announced(self, given: Iterator[tuple[int, str]], prompt_history: list[str]) -> Iterator[str]:
         """Yield the prompts of the video's blocks, and say on the page and in a printed note what the model has to say.
 
         Args:
             given: number and prompt of every block. With the page a typed prompt takes over.
-            shown: every prompt that is new is appended to it.
+            prompt_history: every prompt that is new is appended to it.
         """
         last = None
         for prompt in (prompt for _, prompt in given) if self.session is None else self.session.prompts(given):
             if prompt != last:
-                shown.append(prompt)
+                prompt_history.append(prompt)
                 note = prompt_note(self.pipeline, prompt)
                 if note:
                     tqdm.write(f"note: {note}")
