@@ -36,7 +36,7 @@ def generate(folder: Path, scene: Scene, quant_type: str, **variables: str) -> t
     script = ROOT / "example/quantization/self_forcing_quantized.sh"
     result = subprocess.run([script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.mp4")
     video = torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2) / 255
     assert video.shape == (33, 3, 128, 128)
     return video, result.stdout
