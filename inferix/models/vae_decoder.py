@@ -204,8 +204,8 @@ class Attention(nn.Module):
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).flatten(0, 1).flatten(1, 2)[:, None]  # [B*T, 1, H*W, 3*C]
         query, key, value = qkv.chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return x + F.linear(attended, self.proj, self.proj_bias).view_as(x), None
+        attn_output = F.scaled_dot_product_attention(query, key, value)
+        return x + F.linear(attn_output, self.proj, self.proj_bias).view_as(x), None
 
 
 class Upsample(nn.Module):
