@@ -90,7 +90,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         return
     if not args.no_quantize and (pipeline.pipeline.low_memory or args.quantize_text_encoder):
         quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
-    if args.save_quantized:
+    if args.save_quantized and pipeline.parallel.data_parallel_rank == 0:
         save_transformer(transformer, args.save_quantized, describe_model(args))
 
 

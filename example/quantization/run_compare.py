@@ -37,10 +37,11 @@ from inferix.cli.model_paths import display_path, find_model_paths
 from inferix.cli.prompts import example_prompts
 from inferix.cli.report import common_prefixes, float_linear_names, format_bytes
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.pipeline import Pipeline
 from inferix.runtime.memory import num_bytes
-from inferix.video import VideoWriter, safe_file_name
+from inferix.video import VideoWriter
 
 MODELS = {
     "self_forcing": SelfForcingPipeline,

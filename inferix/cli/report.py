@@ -9,7 +9,7 @@ from inferix.runtime.memory import num_bytes
 from inferix.runtime.startup import STARTUP
 
 if TYPE_CHECKING:
-    from inferix.cli.jobs import Job
+    from inferix.cli.planner import Job
     from inferix.pipelines.pipeline import Pipeline
 
 

@@ -23,6 +23,7 @@ from inferix.models.text_encoder import TextEncoder
 from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from inferix.models.vae import VAE
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
+from inferix.pipelines.noise import randn
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
@@ -111,9 +112,8 @@ class CausalInferencePipeline:
             self.generator.model.compile_repeated_blocks()
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        """Return one draw of standard normal noise, made on the generator's device so that a seed means the same anywhere."""
-        source = generator.device if generator is not None else self.device
-        return torch.randn(tuple(shape), generator=generator, device=source, dtype=self.dtype).to(self.device)
+        """Return one draw of standard normal noise."""
+        return randn(shape, generator, self.device, self.dtype)
 
     def randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Return the main process's draw on every rank."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.pipelines.pipeline import Blending, Pipeline, write_videos
-from inferix.video import safe_file_name
 
 RolloutPrompt = str | Iterator[str]
 """A prompt for a whole rollout, or an iterator that is asked before each of its blocks."""

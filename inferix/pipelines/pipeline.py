@@ -1,7 +1,7 @@
 """What the pipelines share: building the parts, loading weights, encoding prompts, saving files."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora
 from inferix.config import ParallelConfig, load_config, with_size
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.noise import SampleGenerator
 from inferix.pipelines.storyboard import Prompt
 from inferix.pipelines.workers import PromptEmbeds
 from inferix.runtime.startup import STARTUP
-from inferix.video import VideoWriter, safe_file_name
+from inferix.video import VideoWriter
 
 
 class Pipeline:
@@ -183,9 +185,19 @@ class Pipeline:
             STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
-    def seeded(self, seed: int) -> torch.Generator:
-        """Return a generator on the pipeline's device."""
-        return torch.Generator(self.device).manual_seed(seed)
+    def seeded(self, seed: int, samples: Sequence[int] | None = None, num_samples: int = 1) -> torch.Generator:
+        """Return a generator on the pipeline's device.
+
+        Args:
+            seed: the same seed gives the same draws.
+            samples: generate only these of a batch of ``num_samples`` videos, each with the draws that it has in the batch.
+            num_samples: videos in the whole batch.
+        """
+        if samples is None or list(samples) == list(range(num_samples)):
+            return torch.Generator(self.device).manual_seed(seed)
+        generator = SampleGenerator(self.device)
+        generator.samples, generator.num_samples = samples, num_samples
+        return generator.manual_seed(seed)
 
     def _embeddings(self, prompts: Iterable[list[str]], blending: "Blending | None" = None) -> Iterator[PromptEmbeds]:
         """Yield the embeddings of the prompts of block after block, which go over into each other as a ``Prompt`` says.

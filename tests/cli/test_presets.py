@@ -163,7 +163,7 @@ def test_script_with_all_variables(self_forcing_env, tmp_path):
     result = run_script("self_forcing_quantized.sh", self_forcing_env | variables, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "LoRA               kohya.safetensors, strength 0.5: 20 modules changed" in result.stdout
-    (path,) = (tmp_path / "my videos").iterdir()
+    (path,) = (tmp_path / "my videos").glob("*.mp4")
     assert count_frames(path) == 5 and iio.immeta(path, plugin="FFMPEG")["size"] == (96, 64)
 
 

@@ -78,7 +78,7 @@ def flags(name: str, folder: Path, **changes: object) -> list[str]:
 def made(name: str, folder: Path, **changes: object) -> bytes:
     """The video that the runner makes."""
     assert run(RUNNERS[name].main, flags(name, folder, **changes)) == 0
-    (path,) = (folder / "output").iterdir()
+    (path,) = (folder / "output").glob("*.mp4")
     content = path.read_bytes()
     path.unlink()
     return content

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inferix import CausVidPipeline, InputError, SelfForcingPipeline
-from inferix.cli.jobs import each_rollout, rollout_blocks
+from inferix.cli.planner import each_rollout, rollout_blocks
 from inferix.pipelines.storyboard import Entry, Storyboard, read_storyboard
 from inferix.webrtc.playout import Playout
 from inferix.webrtc.session import Session, WebRTCConfig
