@@ -15,6 +15,9 @@ from inferix.errors import InputError
 FPS = 16
 """Frames per second of every Wan 2.1 video."""
 
+PROMPT_SWITCHES = ("recache", "cross_attention")
+"""What a new prompt may change: the cached window too, or cross-attention alone."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -64,6 +67,10 @@ class PipelineConfig:
     """Keep the sink frames' keys and values when the prompt changes after the window has rolled."""
     prompt_switch: str = "recache"
     """What a new prompt changes: the cached window too (``recache``), or cross-attention alone (``cross_attention``)."""
+    blend_blocks: int = 0
+    """Blocks within which the embeddings go over from the old prompt to a new one; 0: at once."""
+    switch_frame_indices: tuple[int, ...] | None = None
+    """The latent frames at which the prompts of LongLive's files follow on each other."""
     image_or_video_shape: tuple[int, ...] = (1, 21, 16, 60, 104)
     """Batch, latent frames of a clip, channels, latent height and width."""
     prompt_template: str | None = None
@@ -84,7 +91,8 @@ class PipelineConfig:
             (0 <= self.context_noise <= 1000, "context_noise between 0 and 1000"),
             (self.local_attn_size == -1 or self.local_attn_size >= block, "local_attn_size of a block at least, or -1"),
             (0 <= self.sink_size <= self.window_frames - block, "sink_size at least a block below local_attn_size"),
-            (self.prompt_switch in ("recache", "cross_attention"), "prompt_switch recache or cross_attention"),
+            (self.prompt_switch in PROMPT_SWITCHES, "prompt_switch recache or cross_attention"),
+            (self.blend_blocks >= 0, "blend_blocks from 0"),
             (
                 len(self.image_or_video_shape) == 5 and min(self.image_or_video_shape) > 0,
                 "image_or_video_shape of 5 sizes",
@@ -138,6 +146,15 @@ def read_ints(value: object) -> tuple[int, ...]:
     return tuple(map(read_int, value))
 
 
+def read_frames(value: object) -> tuple[int, ...]:
+    """Return numbers from a list, or as LongLive writes them: ``40``, or the text ``40, 80``."""
+    return (
+        tuple(map(int, value.split(",")))
+        if isinstance(value, str)
+        else read_ints(value if isinstance(value, list) else [value])
+    )
+
+
 def read_steps(value: object) -> tuple[int, ...]:
     return tuple(step for step in read_ints(value) if step != 0)
 
@@ -160,6 +177,7 @@ READERS: dict[str, Callable] = {
     "denoising_step_list_first_chunk": read_steps,
     "use_infinite_attention": read_bool,
     "global_sink": read_bool,
+    "switch_frame_indices": read_frames,
     "prompt_switch": read_text,
     "image_or_video_shape": read_ints,
     "prompt_template": read_text,
@@ -182,7 +200,7 @@ TRAINING_KEYS = frozenset(
 
 COMMAND_LINE_KEYS = frozenset(
     """data_path extended_prompt_path generator_ckpt i2v inference_iter log_dir logdir lora_ckpt model_kwargs model_name
-    num_output_frames num_samples output_folder save_with_index seed switch_frame_indices use_ema""".split()
+    num_output_frames num_samples output_folder save_with_index seed use_ema""".split()
 )
 """Keys of the reference projects' files for what is a flag or an argument here."""
 

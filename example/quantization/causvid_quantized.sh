@@ -2,6 +2,7 @@
 # Text to video of any length with CausVid, quantized. Every flag of run_causvid_quantized.py has a variable here:
 #   PROMPT="A beautiful sunset over the ocean" NUM_ROLLOUT=6 ./example/quantization/causvid_quantized.sh
 # NPROC (default: the GPUs there are) processes share each video; see launch.py, also for several nodes.
+# WEBRTC_TOKEN, the secret of the page, has none: flags can be seen by others.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 

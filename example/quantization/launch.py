@@ -48,7 +48,7 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
     """Exit where flags of ``runner`` or paths in them are wrong or do not fit ``world_size`` (0: not known), or for --help."""
     if os.path.basename(runner) not in MODELS:
         return
-    from inferix.cli.preflight import check_processes, parse_arguments
+    from inferix.cli.preflight import check_processes, parse_arguments, read_ahead
     from inferix.errors import InputError
 
     try:
@@ -61,6 +61,8 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
     folders = dax.submodule_search_locations if dax else None
     if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
+    if "RANK" not in os.environ:  # once on a machine
+        read_ahead(args)
 
 
 def num_processes() -> int:

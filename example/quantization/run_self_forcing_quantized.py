@@ -35,7 +35,7 @@ def main(argv=None):
         for job in jobs(args, pipeline, session):
             generator = pipeline.seeded(args.seed)
             with job.writer() as writer:
-                for frames in pipeline.stream(job.prompts, args.num_output_frames, generator, image=job.image):
+                for frames in pipeline.stream(job.prompts, job.num_output_frames, generator, image=job.image):
                     writer.write(frames)
 
 

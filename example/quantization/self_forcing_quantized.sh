@@ -2,6 +2,7 @@
 # Text (or image) to video with Self-Forcing, quantized. Every flag of run_self_forcing_quantized.py has a variable here:
 #   PROMPT="A cat dancing on the moon" QUANT_TYPE=int8 ./example/quantization/self_forcing_quantized.sh
 # NPROC (default: the GPUs there are) processes share each video; see launch.py, also for several nodes.
+# WEBRTC_TOKEN, the secret of the page, has none: flags can be seen by others.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 

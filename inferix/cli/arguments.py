@@ -121,7 +121,10 @@ class RunnerParser(Parser):
         for flag, others in CONTRADICTIONS.items():
             both = [other for other in others if getattr(args, other, None)]
             if getattr(args, flag, None) and both:
-                raise InputError(f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out")
+                hint = "; a LoRA is merged before --save_quantized saves" if both[0] == "lora_path" else ""
+                raise InputError(
+                    f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out{hint}"
+                )
         if args.tiny_vae_path and args.vae != "tiny":
             raise InputError("--tiny_vae_path needs --vae tiny (VAE=tiny)")
         if args.preset:
@@ -147,7 +150,9 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_switch("--save_with_index", help="name files after the prompt's number instead of its words")
     parser.add_switch("--i2v", help="image to video: start from --image_path")
     add("--image_path", type=existing_path, help="the first frame, for --i2v")
-    parser.add_switch("--enable_profiling", help="say how long text encoding, each block and its decoding took")
+    parser.add_switch(
+        "--enable_profiling", help="say how long start-up, text encoding, each block and its decoding took"
+    )
     args = parser.parse_args(argv)
     if args.i2v != (args.image_path is not None):
         raise InputError("--i2v and --image_path (I2V=1 IMAGE_PATH=...) go together: one of them is missing")

@@ -4,12 +4,15 @@ Whatever decides that (samples, prompt files, typed prompts, the web page, sever
 iterates ``jobs`` and streams each.
 """
 
+import os
+import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from inferix.cli.prompts import example_prompt, prompt_note, read_prompts, story
 from inferix.cli.report import Report, quantization_name
 from inferix.errors import InputError
 from inferix.pipelines.pipeline import Pipeline
-from inferix.pipelines.storyboard import Storyboard
+from inferix.pipelines.storyboard import Storyboard, first_frame
+from inferix.runtime.startup import STARTUP
 from inferix.video import SegmentedVideoWriter, VideoWriter
 from inferix.webrtc.session import Session, WebRTCConfig
 
@@ -37,7 +41,8 @@ def webrtc_session(args: Namespace) -> AbstractContextManager[Session | None]:
         from inferix.webrtc.server import serve
     except ImportError as error:
         raise InputError(f"streaming needs aiortc and aiohttp ({error}): run ./setup.sh") from None
-    return serve(WebRTCConfig(args.webrtc_host, args.webrtc_port, args.webrtc_exit, args.webrtc_wait))
+    token = os.environ.get("WEBRTC_TOKEN") or None  # no flag: everybody on a machine can see a process's flags
+    return serve(WebRTCConfig(args.webrtc_host, args.webrtc_port, args.webrtc_exit, args.webrtc_wait, token))
 
 
 def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) -> Iterator["Job"]:
@@ -51,10 +56,12 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         return
     if getattr(args, "enable_profiling", False):
         pipeline.stage_seconds = {}
+    STARTUP.mark("quantization")
     report, planner = Report(args, pipeline), Planner(args, pipeline, session)
     planned = planner.from_flags()
     if session is not None:
-        session.ready(quantization_name(args), report.bytes_after)
+        session.ready(quantization_name(args), report.bytes_after, planner.read_image)
+        STARTUP.mark("viewer")
         planned = session.clips(planned, planner.from_prompt)
     generated: deque[Job] = deque()
     try:
@@ -67,6 +74,8 @@ def jobs(args: Namespace, pipeline: Pipeline, session: Session | None = None) ->
         while generated:
             report.add(generated.popleft())
     report.print()
+    if session is not None and session.problem is not None:
+        raise InputError(f"a file is missing: {session.problem}")
 
 
 @dataclass
@@ -80,6 +89,9 @@ class Job:
     num_blocks: int | None
     """Pieces that the stream will yield; None: not known."""
     session: Session | None
+    first_frame: Callable[[int], int]
+    """Returns the first pixel frame of a block of the video, both counted from 0."""
+    num_output_frames: int | None = None
     num_rollout: int | None = None
     image: Tensor | None = None
     endless: bool = False
@@ -100,13 +112,27 @@ class Job:
         start = time.perf_counter()
         written = [writer for writer in self.writers if writer.frames]
         for writer in written:
-            paths = writer.result()
-            for path in [paths] if isinstance(paths, Path) else paths:
-                self.announce_file("file written       ", path)
-            if self.storyboard is not None:
-                self.announce_file("storyboard written ", self.storyboard.write(writer.path.with_suffix(".yaml")))
+            try:
+                paths = writer.result()
+                for path in [paths] if isinstance(paths, Path) else paths:
+                    self.announce_file("file written       ", path)
+                if self.storyboard is not None:
+                    self.announce_file("storyboard written ", self.storyboard.write(writer.path.with_suffix(".yaml")))
+            except InputError as error:
+                self.report_file_error(error)
         self.seconds += time.perf_counter() - start
         return sum(writer.frames for writer in written)
+
+    def report_file_error(self, error: InputError) -> None:
+        """Print what went wrong with a file and show it on the web page, where the video is watched all the same.
+
+        Without the page, and before its first frame, raise ``error``.
+        """
+        if self.session is None or not self.session.has_generated:
+            raise error
+        if str(error) != self.session.problem:
+            print(f"error: {error}", file=sys.stderr)
+            self.session.report_problem(str(error))
 
     def announce_file(self, label: str, path: Path) -> None:
         """Print a file's name, and offer it on the web page."""
@@ -124,25 +150,42 @@ class JobWriter:
     def __enter__(self) -> "JobWriter":
         job = self.job
         with ExitStack() as stack:
-            kind: Any = SegmentedVideoWriter if job.endless else VideoWriter
-            job.writers = [stack.enter_context(kind(path)) for path in job.paths]
+            self.stack = stack
+            self._open_files()
             self.progress = stack.enter_context(tqdm(total=job.num_blocks, desc=job.paths[0].stem[:24], unit="block"))
             self.stack = stack.pop_all()
         if job.session is not None:
-            job.session.begin_clip(job.num_blocks)
+            job.session.begin_clip(job.num_blocks, job.first_frame)
         self.start = time.perf_counter()
         return self
 
+    def _open_files(self) -> None:
+        job, self.job.writers = self.job, []
+        kind: Any = SegmentedVideoWriter if job.endless else VideoWriter
+        try:
+            job.writers = [self.stack.enter_context(kind(path)) for path in job.paths]
+        except InputError as error:
+            job.report_file_error(error)
+
     def write(self, frames: Tensor) -> None:
         """Write frames [B, t, 3, H, W] in [0, 1]; return after a pause where a viewer has paused."""
-        for writer, video in zip(self.job.writers, frames):
-            writer.write(video)
+        try:
+            for writer, video in zip(self.job.writers, frames):
+                writer.write(video)
+        except InputError as error:
+            self.job.report_file_error(error)
+            self.job.writers = []
+            if self.job.endless:  # what comes from now on is kept
+                self._open_files()
         self.progress.update()
         if self.job.session is not None:
             self.job.session.show(frames[0])
 
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
-        self.stack.__exit__(error_type, error, traceback)
+        try:
+            self.stack.__exit__(error_type, error, traceback)
+        except InputError as file_error:
+            self.job.report_file_error(file_error)
         self.job.seconds = time.perf_counter() - self.start
         if self.job.session is not None:
             self.job.storyboard, self.job.stopped = self.job.session.end_clip(), self.job.session.stop_requested
@@ -157,7 +200,10 @@ class Planner:
         self.args, self.session = args, session
         self.pipeline: Any = pipeline  # of the class that belongs to ``args.model``
         self.folder, self.suffix = args.output_folder or ROOT / "outputs", settings_suffix(args)
-        self.make = self.self_forcing if args.model == "self_forcing" else self.causvid
+        self.make: Any = self.self_forcing if args.model == "self_forcing" else self.causvid
+        can_start_from_image = args.model == "self_forcing" and args.vae == "full"
+        self.read_image = self.pipeline.read_image if can_start_from_image else None
+        """Makes an image file the model's first frame; None: it cannot start from one."""
 
     def from_flags(self) -> Iterator[Job]:
         """Yield the jobs of ``--prompt`` and the flags that replace it; without them, of an example prompt."""
@@ -174,9 +220,10 @@ class Planner:
         else:
             yield from map(self.make, prompts, prompt_stems(prompts, False))
 
-    def from_prompt(self, prompt: str) -> Job:
-        """Return the job of a prompt that was typed on the page."""
-        return self.make(prompt, prompt_stem(prompt))
+    def from_prompt(self, prompt: str, image: Tensor | None = None) -> Job:
+        """Return the job of a prompt that was typed on the page, and of the image that it starts from."""
+        options = {} if image is None else {"image": image}
+        return self.make(prompt, prompt_stem(prompt), **options)
 
     def interactive(self, typed: Iterator[str]) -> Iterator[Job]:
         """Yield the job of prompts from standard input, and further ones with the rest when one is stopped on the page."""
@@ -194,18 +241,31 @@ class Planner:
             yield job
             prompts = list(left) if job.stopped and len(prompts) > 1 else []
 
-    def self_forcing(self, prompts: str | Storyboard, stem: str) -> Job:
-        """Return the job of all samples of a prompt, or of prompts over time: one batch."""
+    def self_forcing(self, prompts: str | Storyboard, stem: str, image: Tensor | None = None) -> Job:
+        """Return the job of all samples of a prompt, or of prompts over time: one batch.
+
+        Args:
+            prompts: one, or a storyboard.
+            stem: of the files' names.
+            image: what it starts from, in place of ``--image_path``.
+        """
         args, pipeline = self.args, self.pipeline
-        image = pipeline.read_image(args.image_path) if args.i2v else None
+        size, num_frames = pipeline.config.num_frame_per_block, args.num_output_frames
+        if image is not None and not args.i2v and num_frames is not None:
+            num_frames -= size - 1  # the image's frame takes the place of a block
+        if image is None and args.i2v:
+            image = pipeline.read_image(args.image_path)
+        num_given = 0 if image is None else 1
         fixed = isinstance(prompts, str) and self.session is None
         by_block = repeat(prompts) if isinstance(prompts, str) else prompts.prompts(count())
         batches = ([prompt] * args.num_samples for prompt in self.announced(zip(count(), by_block)))
         return Job(
             prompts=next(batches) if fixed else batches,
             paths=[self.path(f"{stem}-{args.seed}-{sample}") for sample in range(args.num_samples)],
-            num_blocks=pipeline.num_blocks(args.num_output_frames, int(args.i2v)),
+            num_blocks=pipeline.num_blocks(num_frames, num_given),
             session=self.session,
+            first_frame=partial(first_frame, block_size=size, num_given=num_given),
+            num_output_frames=num_frames,
             image=image,
             endless=args.endless,
         )
@@ -226,6 +286,7 @@ class Planner:
             paths=[self.path(f"{stem}-{args.seed}")],
             num_blocks=pipeline.num_blocks(iter(()), num_rollout, args.num_overlap_frames, clip),
             session=self.session,
+            first_frame=partial(first_frame, block_size=size),
             num_rollout=num_rollout,
         )
 

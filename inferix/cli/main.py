@@ -7,11 +7,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from inferix.errors import InputError
+from inferix.runtime.startup import STARTUP
 
 GRACE_SECONDS = 5
 """Time for an orderly end when a job has failed."""
+
+received: list[int] = []
+"""The signals that have asked this process to end."""
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -20,18 +25,21 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     With ``argv=None`` this is a process of its own: SIGINT, SIGTERM and SIGHUP end it in order, incomplete files removed.
     """
     if argv is None:
+        STARTUP.mark("Python and imports")
         handle_signals()
         if "RANK" in os.environ:
             watch_sigterm()
     try:
         main(argv)
         return 0
-    except InputError as error:
-        if rank() > 0:  # rank 0 mostly finds the same; then the job ends before this rank prints it again
-            time.sleep(GRACE_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
+        if received:  # the code that the signal interrupted has made another exception of it
+            return end_after_signal(received[0])
+        if isinstance(error, InputError):
+            if rank() > 0:  # rank 0 mostly finds the same; then the job ends before this rank prints it again
+                time.sleep(GRACE_SECONDS)
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if argv is not None or "RANK" not in os.environ:
             raise
         if is_communication_error(error):
@@ -40,21 +48,44 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         finish_files()
         os._exit(1)  # an orderly exit would wait for the other ranks, which wait for this one
     except KeyboardInterrupt:
-        if rank() == 0:
-            print("stopped", file=sys.stderr)
         if argv is None:
-            finish_files()
-            sys.stdout.flush()
-            os._exit(130)  # skips the interpreter's teardown, which takes seconds
+            return end_after_signal(signal.SIGINT)
+        print("stopped", file=sys.stderr)
         return 130
 
 
 def handle_signals() -> None:
     """Let SIGINT raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that context managers clean up."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, raise_for_signal)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, raise_for_signal)
+    sys.unraisablehook = send_again
+
+
+def raise_for_signal(number: int, _: object) -> None:
+    """Handle a signal that asks this process to end."""
+    received.append(number)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def send_again(unraisable: Any) -> None:
+    """Send a signal once more whose exception Python ignores, as one that is raised in a destructor."""
+    if received and isinstance(unraisable.exc_value, (KeyboardInterrupt, SystemExit)):
+        threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def end_after_signal(number: int) -> int:
+    """Complete the files, and return the exit code of a process that a signal has ended; after SIGINT exit with it."""
+    if number != signal.SIGINT:
+        return 128 + number
+    if rank() == 0:
+        print("stopped", file=sys.stderr)
+    finish_files()
+    sys.stdout.flush()
+    os._exit(130)  # skips the interpreter's teardown, which takes seconds
 
 
 def rank() -> int:

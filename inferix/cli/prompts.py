@@ -55,7 +55,7 @@ def storyboard_of(args: Namespace, config: "PipelineConfig") -> Storyboard:
         num_blocks = None if args.num_output_frames is None else given + (args.num_output_frames - given) // size
     else:
         num_blocks = ((args.num_rollout or 3) * (clip - args.num_overlap_frames) + args.num_overlap_frames) // size
-    return read_storyboard(args.storyboard, size, given, num_blocks)
+    return read_storyboard(args.storyboard, size, given, num_blocks, config.switch_frame_indices)
 
 
 def typed_prompts() -> Iterator[str]:

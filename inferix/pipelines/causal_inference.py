@@ -24,8 +24,9 @@ from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from inferix.models.vae import VAE
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
-from inferix.pipelines.workers import ClipPlan, Workers
+from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
+from inferix.runtime.startup import STARTUP
 
 
 class CausalInferencePipeline:
@@ -139,7 +140,7 @@ class CausalInferencePipeline:
     def denoise(
         self,
         noise: Tensor,
-        prompt_embeds: Tensor | Iterator[Tensor],
+        prompt_embeds: Tensor | Iterator[Tensor | PromptEmbeds],
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         num_frames: int | None = -1,
@@ -148,8 +149,8 @@ class CausalInferencePipeline:
 
         Args:
             noise: [B, F, C, h, w], what the frames after the context start from.
-            prompt_embeds: [B, L, text_dim], or an iterator of such tensors that is asked before every block, gives the same
-                tensor while the prompt stays, and may end the clip by ending.
+            prompt_embeds: [B, L, text_dim], or an iterator that is asked before every block, gives the same object while the
+                prompt stays, and may end the clip by ending.
             context: clean latents [B, F', C, h, w] that the clip starts with.
             generator: source of the re-noising draws.
             num_frames: frames after the context, where they are more than ``noise`` has (None: without end); the noise of
@@ -160,7 +161,7 @@ class CausalInferencePipeline:
         plan = self.plan(noise.shape, context.shape[1], num_frames)
         plan = replace(plan, prompts_change=not isinstance(prompt_embeds, Tensor))
         noise, context = (tensor.to(self.device, self.dtype) for tensor in (noise, context))
-        embeds = repeat(prompt_embeds) if isinstance(prompt_embeds, Tensor) else prompt_embeds
+        embeds = each_block(repeat(prompt_embeds) if isinstance(prompt_embeds, Tensor) else prompt_embeds)
         self.workers.start_clip(plan)
         done = 0
         for block in self._denoise_local(plan, embeds, noise, context, generator):
@@ -183,7 +184,7 @@ class CausalInferencePipeline:
     def _denoise_local(
         self,
         plan: ClipPlan,
-        embeds: Iterator[Tensor] | None,
+        embeds: Iterator[PromptEmbeds] | None,
         noise: Tensor | None,
         context: Tensor | None,
         generator: torch.Generator | None,
@@ -231,6 +232,7 @@ class CausalInferencePipeline:
             for first in (0, plan.block_size):  # contiguous in the cache, and not
                 self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
+        STARTUP.mark("compile and capture")
 
     def block_noise(
         self, noise: Tensor | None, start: int, size: int, plan: ClipPlan, generator: torch.Generator | None
@@ -276,16 +278,15 @@ class CausalInferencePipeline:
         return model.rotary_emb(frames, *size)
 
     def switch_prompt(
-        self, prompt_embeds: Tensor, history: Sequence[Tensor], start: int, plan: ClipPlan, kv_cache: KVCache
+        self, prompt: PromptEmbeds, history: Sequence[Tensor], start: int, plan: ClipPlan, kv_cache: KVCache
     ) -> None:
-        """Take a new prompt [B, L, text_dim] from the block at frame ``start`` on.
+        """Take a new prompt from the block at frame ``start`` on.
 
         The clean latents in the window are run once more, in one forward, so that the cache holds what the new prompt makes
-        of them (LongLive, arXiv 2509.22622). With ``prompt_switch: cross_attention`` only the prompt's own keys and values
-        change. With ``global_sink`` the sink frames keep theirs once the window has rolled.
+        of them (LongLive, arXiv 2509.22622). With ``cross_attention`` only the prompt's own keys and values change. With ``global_sink`` the sink frames keep theirs once the window has rolled.
         """
-        self.generator.set_prompt(prompt_embeds)
-        if start == 0 or self.config.prompt_switch == "cross_attention":
+        self.generator.set_prompt(prompt.embeds)
+        if start == 0 or (prompt.switch or self.config.prompt_switch) == "cross_attention":
             return
         window = kv_cache.window
         rolled = start > window.num_frames
@@ -373,3 +374,13 @@ class CausalInferencePipeline:
         latents = torch.cat(list(self.denoise(noise, embeds, context, generator)), dim=1)
         video = self.vae.decode(latents)
         return (video, latents) if return_latents else video
+
+
+def each_block(prompts: Iterator[Tensor | PromptEmbeds]) -> Iterator[PromptEmbeds]:
+    """Yield the prompt of every block, the same object while it stays."""
+    given, current = None, None
+    for prompt in prompts:
+        if prompt is not given:
+            given, current = prompt, prompt if isinstance(prompt, PromptEmbeds) else PromptEmbeds(prompt)
+        assert current is not None
+        yield current

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inferix.config import ParallelConfig
 from inferix.errors import InputError
-from inferix.pipelines.pipeline import Pipeline, write_videos
+from inferix.pipelines.pipeline import Blending, Pipeline, write_videos
 from inferix.video import safe_file_name
 
 RolloutPrompt = str | Iterator[str]
@@ -20,35 +19,7 @@ RolloutPrompt = str | Iterator[str]
 class CausVidPipeline(Pipeline):
     """Rollout after rollout, each starting from the end of the last; see ``Pipeline`` for the arguments."""
 
-    def __init__(
-        self,
-        config_path: str | Path,
-        default_config_path: str | Path | None = None,
-        wan_base_model_path: str | Path | None = None,
-        enable_kv_offload: bool = True,
-        parallel_config: ParallelConfig | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        transformer_weights: bool = True,
-        vae: str = "full",
-        tiny_vae_path: str | Path | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ):
-        super().__init__(
-            config_path,
-            default_config_path,
-            wan_base_model_path,
-            enable_kv_offload,
-            parallel_config,
-            device,
-            dtype,
-            transformer_weights,
-            vae,
-            tiny_vae_path,
-            height,
-            width,
-        )
+    default_kv_offload = True
 
     def stream(
         self,
@@ -78,12 +49,12 @@ class CausVidPipeline(Pipeline):
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
         repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
-        start_latents = None
+        start_latents, blending = None, Blending(self.config.blend_blocks)
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
                 embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
             else:
-                embeds = self._embeddings([text] for text in prompt)
+                embeds = self._embeddings(([text] for text in prompt), blending)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]

@@ -26,6 +26,9 @@ from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.storyboard import Prompt
+from inferix.pipelines.workers import PromptEmbeds
+from inferix.runtime.startup import STARTUP
 from inferix.video import VideoWriter, safe_file_name
 
 
@@ -36,7 +39,8 @@ class Pipeline:
         config_path: YAML with the reference projects' keys.
         default_config_path: YAML that ``config_path`` is laid over.
         wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
-        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory.
+        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory. Default: False for
+            Self-Forcing, True for CausVid.
         parallel_config: how the ranks of a ``torchrun`` job share each video. Only the main process generates; the others
             call ``worker_loop``.
         device: default: the GPU if there is one.
@@ -53,13 +57,14 @@ class Pipeline:
     """
 
     default_base_model_path = "weights/Wan2.1-T2V-1.3B"
+    default_kv_offload = False
 
     def __init__(
         self,
         config_path: str | Path,
         default_config_path: str | Path | None = None,
         wan_base_model_path: str | Path | None = None,
-        enable_kv_offload: bool = False,
+        enable_kv_offload: bool | None = None,
         parallel_config: ParallelConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -80,9 +85,8 @@ class Pipeline:
         if not base.has_config and self.parallel.world_size > 1:
             raise InputError(f"{base.folder} has no config.json, which several processes need; see weights/README.md")
         self.base = base
-        self.pipeline = CausalInferencePipeline(
-            self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
-        )
+        offload = self.default_kv_offload if enable_kv_offload is None else enable_kv_offload
+        self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype, self.parallel, offload)
         self.quantized_weights: dict[str, QuantizedWeight] = {}
         """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
         self.loras: list[tuple[Path, float, int]] = []
@@ -92,6 +96,7 @@ class Pipeline:
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
+        STARTUP.mark("base model")
 
     @property
     def transformer(self) -> CausalWanTransformer:
@@ -117,6 +122,7 @@ class Pipeline:
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
         self.quantized_weights, self.loras = quantized_weights(checkpoint), []
+        STARTUP.mark("checkpoint")
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -128,6 +134,7 @@ class Pipeline:
         for name in changed:
             self.quantized_weights.pop(name, None)
         self.loras.append((Path(path), strength, len(changed)))
+        STARTUP.mark("LoRA")
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
@@ -139,6 +146,7 @@ class Pipeline:
             raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
+        STARTUP.mark("to the device")
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -172,15 +180,55 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         if result is not None:  # None: the iterator that ``next`` was called on has ended
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
     def seeded(self, seed: int) -> torch.Generator:
         """Return a generator on the pipeline's device."""
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _embeddings(self, prompts: Iterable[list[str]]) -> Iterator[Tensor]:
+    def _embeddings(self, prompts: Iterable[list[str]], blending: "Blending | None" = None) -> Iterator[PromptEmbeds]:
+        """Yield the embeddings of the prompts of block after block, which go over into each other as a ``Prompt`` says.
+
+        Args:
+            prompts: one batch a block.
+            blending: that of the clip before, where a prompt may be going over still.
+        """
+        blending = blending or Blending(self.config.blend_blocks)
         for batch in prompts:
-            yield self.timed("encode prompt", self.encode_prompts, batch)
+            prompt = Prompt.of(next(iter(batch), ""))
+            yield blending.step(self.timed("encode prompt", self.encode_prompts, batch), prompt.blend, prompt.switch)
+
+
+class Blending:
+    """Go over linearly from the embeddings of one prompt to those of the next.
+
+    Args:
+        blend_blocks: blocks within which, where the prompt does not say it.
+    """
+
+    def __init__(self, blend_blocks: int):
+        self.blend_blocks = blend_blocks
+        self.current: PromptEmbeds | None = None
+        self.start: Tensor | None = None
+        """The embeddings at the begin of the change."""
+        self.target: Tensor | None = None
+        self.done = self.length = 0
+        """Blocks of the change so far, and how many it takes."""
+
+    def step(self, embeds: Tensor, blend: int | None, switch: str | None) -> PromptEmbeds:
+        """Return the next block's embeddings, where its prompt has ``embeds`` [B, L, text_dim]."""
+        if embeds is not self.target:
+            self.start = None if self.current is None else self.current.embeds
+            self.target, self.done = embeds, 0
+            self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
+        if self.done < self.length:
+            self.done += 1
+            if self.start is not None and self.done < self.length:
+                embeds = torch.lerp(self.start, embeds, self.done / self.length)
+            self.current = PromptEmbeds(embeds, switch)
+        assert self.current is not None
+        return self.current
 
 
 def write_videos(pieces: Iterable[Tensor], paths: list[Path], num_blocks: int | None, description: str) -> list[Path]:

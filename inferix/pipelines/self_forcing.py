@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.pipelines.pipeline import Pipeline, file_stems, write_videos
+
+MAX_PIXELS = 64_000_000
+"""Of an image file. Decoding one takes four bytes for each."""
 
 
 class SelfForcingPipeline(Pipeline):
@@ -44,7 +47,7 @@ class SelfForcingPipeline(Pipeline):
         changing = self._embeddings([prompts] if isinstance(prompts, list) else prompts)
         if (first := next(changing, None)) is None:
             return
-        batch, embeds = first.shape[0], first if isinstance(prompts, list) else chain([first], changing)
+        batch, embeds = first.embeds.shape[0], first.embeds if isinstance(prompts, list) else chain([first], changing)
         context = None if image is None else self._encode_image(image, batch)
         num_frames = None if num_output_frames is None else num_output_frames - given
         noise = self._noise(batch, num_frames, generator)
@@ -116,18 +119,24 @@ class SelfForcingPipeline(Pipeline):
             raise InputError(f"num_output_frames must be positive and {wanted}, not {num_output_frames}")
         return num_given + (num_output_frames - num_given) // size
 
-    def read_image(self, path: str | Path) -> Tensor:
+    def read_image(self, path: str | Path | IO[bytes]) -> Tensor:
         """Return an image file as [3, H, W] in [-1, 1], scaled to cover the video's size and cropped in the middle.
 
-        Raises InputError where it is missing or not an image.
+        Raises InputError where it is missing, not an image, or larger than ``MAX_PIXELS``.
         """
+        name = path if isinstance(path, str | Path) else "that was sent"
         height, width = (8 * size for size in self.config.image_or_video_shape[-2:])
         try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise InputError(f"image {name} has more than {MAX_PIXELS // 10**6} megapixels: scale it down")
+                image = ImageOps.exif_transpose(file).convert("RGB")
         except FileNotFoundError:
-            raise InputError(f"image {path} not found") from None
+            raise InputError(f"image {name} not found") from None
+        except InputError:
+            raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            raise InputError(f"image {path} cannot be read: use a PNG or JPEG file") from None
+            raise InputError(f"image {name} cannot be read: use a PNG or JPEG file") from None
         scale = max(height / image.height, width / image.width)
         image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
         left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -11,6 +11,15 @@ from inferix.distributed.context_parallel import ContextParallel
 from inferix.models.vae import VAE, DecodeRequest
 
 
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """The embeddings [B, L, text_dim] of a block's prompt. The same object again means that it has not changed."""
+
+    embeds: Tensor
+    switch: str | None = None
+    """What changes with them, ``recache`` or ``cross_attention``; None: as the config says."""
+
+
 @dataclass(frozen=True)
 class ClipPlan:
     """Which frames a clip consists of."""
@@ -80,25 +89,23 @@ class Workers:
         self.parallel.in_block = True
         return self.broadcast_object(plan)
 
-    def prompts(self, embeds: Iterator[Tensor] | None) -> Iterator[Tensor]:
-        """Yield the prompt embeddings [B, L, text_dim] of block after block, as the main process's ``embeds`` gives them.
-
-        The same tensor object again means that the prompt has not changed.
-        """
+    def prompts(self, embeds: Iterator[PromptEmbeds] | None) -> Iterator[PromptEmbeds]:
+        """Yield the prompts of block after block, as the main process's ``embeds`` gives them."""
         if self.parallel is None:
             yield from embeds or ()
             return
         current = None
         while True:
             new = None if embeds is None else next(embeds, None)
-            changed = None if new is None or new is current else tuple(new.shape)
-            more, shape = self.broadcast_object((new is not None, changed))
+            changed = None if new is None or new is current else (tuple(new.embeds.shape), new.switch)
+            more, change = self.broadcast_object((new is not None, changed))
             if not more:
                 self.parallel.in_block = False
                 return
-            if shape is not None:
-                sent = self.broadcast(new, shape)
-                current = new if self.is_main_process else sent
+            if change is not None:
+                shape, switch = change
+                sent = self.broadcast(None if new is None else new.embeds, shape)
+                current = new if self.is_main_process else PromptEmbeds(sent, switch)
             assert current is not None  # the first message has a prompt
             yield current
 

@@ -1,42 +1,42 @@
-"""The page, its video connections and its controls. Nothing that comes in from the network is trusted."""
+"""The page, its video and its controls over HTTP. Nothing that comes in from the network is trusted."""
 
 import asyncio
 import errno
 import ipaddress
 import json
 import logging
-import re
-import socket
+import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from aioice.ice import get_host_addresses
-from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from yarl import URL
 
 from inferix.errors import InputError
-from inferix.webrtc.playout import Playout, ViewerTrack
+from inferix.pipelines.storyboard import MAX_BLEND, Prompt
+from inferix.webrtc.access import Access
+from inferix.webrtc.playout import Playout
 from inferix.webrtc.session import Session, WebRTCConfig
+from inferix.webrtc.viewers import Viewers, media_addresses
 
 log = logging.getLogger(__name__)
 for library in ("aiohttp", "aioice", "aiortc"):  # what is wrong with a request goes to its sender
     logging.getLogger(library).addHandler(logging.NullHandler())
 
 MAX_BODY = 64 * 1024
+MAX_IMAGE = 20 * 2**20
+"""Bytes of an image file to start from."""
 MAX_PROMPT = 2000
 """Characters."""
-MAX_VIEWERS = 64
-CONNECT_SECONDS = 15
-"""A connection that is not established by then is dropped."""
+PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; media-src blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; media-src blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -58,10 +58,9 @@ class Server:
     def __init__(self, session: Session):
         self.session = session
         self.host, self.port = session.config.host, session.config.port
-        self.peers: set[RTCPeerConnection] = set()
-        self.connected: set[RTCPeerConnection] = set()
-        self.media_addresses: list[str] = []
-        self.page = Path(__file__).with_name("page.html").read_text()
+        self.viewers = Viewers(session)
+        self.access = Access(session.config.token, self.host)
+        self.page = {name: Path(__file__).with_name(name).read_text() for name in PAGE_TYPES}
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda loop, context: log.debug("%s", context))
         self.thread = threading.Thread(target=self.loop.run_forever, name="webrtc", daemon=True)
@@ -79,6 +78,11 @@ class Server:
                 f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
                 "--webrtc_port (WEBRTC_PORT=...)"
             ) from None
+        if self.session.config.token is None and not all(map(is_loopback, self.addresses)):
+            print(
+                "warning: everybody who reaches this address can watch and steer; set WEBRTC_TOKEN to a secret",
+                file=sys.stderr,
+            )
         print(f"watch it at {self.session.url}", flush=True)
 
     def close(self) -> None:
@@ -97,10 +101,14 @@ class Server:
         app.add_routes(
             [
                 web.get("/", self._get_page),
+                web.get("/{name:page\\.(?:css|js)}", self._get_page),
                 web.get("/state", self._get_state),
+                web.get("/storyboard", self._get_storyboard),
                 web.get("/files/{name}", self._get_file),
+                web.get("/video", self._get_video, allow_head=False),
                 web.post("/offer", self._post_offer),
                 web.post("/prompt", self._post_prompt),
+                web.post("/image", self._post_image),
                 web.post("/control", self._post_control),
             ]
         )
@@ -109,44 +117,43 @@ class Server:
         await web.TCPSite(self.runner, self.host, self.port).start()
         self.clock = asyncio.create_task(self.session.playout.run())
         address, port = self.runner.addresses[0][:2]
-        self.media_addresses = media_addresses({address for address, *_ in self.runner.addresses})
+        self.addresses = {address for address, *_ in self.runner.addresses}
+        self.viewers.addresses = media_addresses(self.addresses)
         if ipaddress.ip_address(address).is_unspecified:
-            address = self.media_addresses[0]
+            address = self.viewers.addresses[0]
         return str(URL.build(scheme="http", host=address, port=port))
 
     async def _close(self) -> None:
-        if self.peers:
-            await asyncio.wait([asyncio.create_task(peer.close()) for peer in self.peers], timeout=1)
+        await self.viewers.close()
         await self.runner.cleanup()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse pages of other origins, and names that somebody else's DNS may have pointed at this machine."""
-        origin = request.headers.get("Origin")
-        if not self._is_own_name(request.host) or (origin is not None and origin.partition("://")[2] != request.host):
-            raise web.HTTPForbidden(text="this server takes requests from its own page only")
+        """Refuse who may not use the page."""
+        self.access.check(request)
         response = await handler(request)
-        response.headers["X-Content-Type-Options"] = "nosniff"
+        if not response.prepared:
+            response.headers["X-Content-Type-Options"] = "nosniff"
         return response
-
-    def _is_own_name(self, host: str) -> bool:
-        try:
-            name = URL(f"http://{host}").host or ""
-            if name in ("localhost", self.host, socket.gethostname()):
-                return True
-            ipaddress.ip_address(name)
-            return True
-        except ValueError:
-            return False
 
     async def _get_page(self, request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"}
-        return web.Response(text=self.page, content_type="text/html", headers=headers)
+        name = request.match_info.get("name", "page.html")
+        page = web.Response(text=self.page[name], content_type=PAGE_TYPES[name], headers=headers)
+        return self.access.sign_in(request) or page
 
     async def _get_state(self, request: web.Request) -> web.Response:
         return web.json_response(self.session.snapshot(), headers={"Cache-Control": "no-store"})
+
+    async def _get_storyboard(self, request: web.Request) -> web.Response:
+        """The prompts of the clip so far, as a file for ``STORYBOARD``."""
+        storyboard = self.session.storyboard()
+        if storyboard is None:
+            raise web.HTTPNotFound(text="nothing was generated yet")
+        headers = {"Content-Disposition": 'attachment; filename="storyboard.yaml"', "Cache-Control": "no-store"}
+        return web.Response(text=storyboard.to_yaml(), content_type="application/yaml", headers=headers)
 
     async def _get_file(self, request: web.Request) -> web.StreamResponse:
         """A file of this run, looked up by its name: no path is ever made from the request."""
@@ -155,17 +162,47 @@ class Server:
             raise web.HTTPNotFound(text="no such file")
         return web.FileResponse(path)
 
+    async def _get_video(self, request: web.Request) -> web.StreamResponse:
+        """The video over a WebSocket, for browsers that WebRTC does not reach."""
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            raise web.HTTPUpgradeRequired(text="connect with a WebSocket", headers={"Upgrade": "websocket"})
+        return await self.viewers.serve_socket(request)
+
     async def _post_prompt(self, request: web.Request) -> web.Response:
-        prompt = (await read_text(request, "prompt")).strip()
+        body = await read_json(request)
+        prompt = " ".join(text_of(body, "prompt").split())  # also without the line breaks of a text field
         if not prompt or len(prompt) > MAX_PROMPT:
             raise web.HTTPBadRequest(text=f"a prompt has 1 to {MAX_PROMPT} characters")
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
             raise web.HTTPBadRequest(text="a prompt has no control characters")
-        self.session.submit_prompt(prompt)
+        blend = body.get("blend")
+        if blend is not None and (type(blend) is not int or not 0 <= blend <= MAX_BLEND):
+            raise web.HTTPBadRequest(text=f"'blend' is a number of blocks from 0 to {MAX_BLEND}")
+        self.session.submit_prompt(Prompt(prompt, blend))
+        return await self._get_state(request)
+
+    async def _post_image(self, request: web.Request) -> web.Response:
+        """Keep an image file that the next clip starts from; an empty body takes it back."""
+        if self.session.read_image is None:
+            raise web.HTTPConflict(text="this model cannot start from an image")
+        if request.content_type not in ("image/png", "image/jpeg", "image/webp"):
+            raise web.HTTPUnsupportedMediaType(text="send image/png, image/jpeg or image/webp")
+        content = bytearray()
+        try:
+            async for chunk in request.content.iter_chunked(MAX_BODY):
+                content += chunk
+                if len(content) > MAX_IMAGE:
+                    raise web.HTTPRequestEntityTooLarge(MAX_IMAGE, text=f"an image has {MAX_IMAGE // 2**20} MB at most")
+        except web.RequestPayloadError:
+            raise web.HTTPBadRequest(text="the image's encoding is broken") from None
+        try:
+            await asyncio.to_thread(self.session.submit_image, bytes(content))
+        except InputError as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
         return await self._get_state(request)
 
     async def _post_control(self, request: web.Request) -> web.Response:
-        action = await read_text(request, "action")
+        action = text_of(await read_json(request), "action")
         if action not in ("pause", "resume", "stop", "close"):
             raise web.HTTPBadRequest(text="the actions are pause, resume, stop and close")
         if not self.session.control(action):
@@ -174,86 +211,36 @@ class Server:
 
     async def _post_offer(self, request: web.Request) -> web.Response:
         """Answer a viewer's offer to receive one video."""
-        sdp = await read_text(request, "sdp")
-        # Browsers hide their addresses behind names that take a second to look up; we know where this one is.
-        sdp = re.sub(r"[\w-]{1,63}\.local\b", request.remote or "", sdp)
-        if len(self.peers) >= MAX_VIEWERS:
-            raise web.HTTPServiceUnavailable(text="too many viewers")
-        peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))  # by default it would ask a public server
-        self.peers.add(peer)
+        sdp = text_of(await read_json(request), "sdp")
         try:
-            answer = await self._answer(peer, sdp)
-        except Exception:  # whatever the parsers make of bad input
-            await self._drop(peer)
-            raise web.HTTPBadRequest(text="not an offer to receive one video") from None
+            answer = await self.viewers.answer(sdp, request.remote or "")
+        except OverflowError as error:
+            raise web.HTTPServiceUnavailable(text=str(error)) from None
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
         return web.json_response({"type": answer.type, "sdp": answer.sdp})
 
-    async def _answer(self, peer: RTCPeerConnection, sdp: str) -> RTCSessionDescription:
-        await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
-        (video,) = peer.getTransceivers()
-        if video.kind != "video" or peer.sctp is not None:
-            raise ValueError("something else than one video")
-        peer.addTrack(ViewerTrack(self.session.playout))
-        video.direction = "sendonly"
-        gather_from(peer, self.media_addresses)
-        peer.on("connectionstatechange", lambda: self._state_changed(peer))
-        await peer.setLocalDescription(await peer.createAnswer())
-        self.loop.call_later(CONNECT_SECONDS, self._drop_unconnected, peer)
-        return peer.localDescription
 
-    async def _state_changed(self, peer: RTCPeerConnection) -> None:
-        if peer.connectionState == "connected":
-            self.connected.add(peer)
-            self.session.set_viewers(len(self.connected))
-        elif peer.connectionState in ("failed", "closed"):
-            await self._drop(peer)
-
-    def _drop_unconnected(self, peer: RTCPeerConnection) -> None:
-        if peer in self.peers - self.connected:
-            asyncio.ensure_future(self._drop(peer))
-
-    async def _drop(self, peer: RTCPeerConnection) -> None:
-        self.peers.discard(peer)
-        self.connected.discard(peer)
-        self.session.set_viewers(len(self.connected))
-        await peer.close()
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
-def media_addresses(bound: set[str]) -> list[str]:
-    """Return the addresses to offer video from, given those that the page is bound to.
-
-    A page on the loopback address is offered this machine's other addresses too: Firefox has no loopback candidates, and
-    reaches 127.0.0.1 from none of its own.
-    """
-    addresses, others = {ipaddress.ip_address(address) for address in bound}, get_host_addresses(True, True)
-    if any(address.is_unspecified for address in addresses):
-        return [*others, "127.0.0.1"]
-    return [*sorted(bound), *(others if any(address.is_loopback for address in addresses) else [])]
-
-
-def gather_from(peer: RTCPeerConnection, addresses: list[str]) -> None:
-    """Let ``peer`` gather its ICE candidates from ``addresses`` and no others.
-
-    aioice decides for itself, and leaves the loopback address out. The method is replaced on this connection alone, which
-    aiortc gives no public access to.
-    """
-    for transceiver in peer.getTransceivers():
-        connection: Any = transceiver.sender.transport.transport.iceGatherer._connection
-
-        def gather_own(gather: Callable = connection.get_component_candidates, **arguments: Any) -> Any:
-            return gather(**arguments | {"addresses": addresses})
-
-        connection.get_component_candidates = gather_own
-
-
-async def read_text(request: web.Request, key: str) -> str:
-    """Return the text under ``key`` in a JSON body. Raises a client error for anything else."""
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object in a body. Raises a client error for anything else."""
     if request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text="send application/json")
     try:
-        value = json.loads(await request.read())[key]
-    except (ValueError, KeyError, TypeError, RecursionError, web.RequestPayloadError):  # the last: broken compression
-        raise web.HTTPBadRequest(text=f"send a JSON object with '{key}'") from None
+        body = json.loads(await request.read())
+    except (ValueError, RecursionError, web.RequestPayloadError):  # the last: broken compression
+        body = None
+    if not isinstance(body, dict):
+        raise web.HTTPBadRequest(text="send a JSON object")
+    return body
+
+
+def text_of(body: dict[str, Any], key: str) -> str:
+    """Return the text under ``key``. Raises a client error where there is none."""
+    value = body.get(key)
     if not isinstance(value, str):
-        raise web.HTTPBadRequest(text=f"'{key}' is a text")
+        raise web.HTTPBadRequest(text=f"send a JSON object with the text '{key}'")
     return value

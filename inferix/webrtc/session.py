@@ -1,17 +1,20 @@
 """The state of a generation that is watched and steered while it runs, shared by the generating and the server's thread."""
 
+import io
 import math
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from inferix.pipelines.storyboard import Entry, Storyboard
+from inferix.errors import InputError
+from inferix.pipelines.storyboard import Entry, Prompt, Storyboard
 from inferix.video import FPS
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ Clip = TypeVar("Clip")
 
 HOLD_SECONDS = 1
 """How long the page says that playback had to wait: blocks come in bursts, and the message should not flicker."""
+MAX_HISTORY = 20
+"""Prompts that the page offers to send again."""
 MAX_BLOCKS_TIMED = 8
 """The generation rate is that of the last so many blocks."""
 LEAD = 1.5
@@ -38,6 +43,12 @@ class WebRTCConfig:
     """End after the last frame instead of offering the files and waiting for another prompt."""
     wait_for_viewer: bool = False
     """Generate nothing before the first viewer has connected."""
+    token: str | None = None
+    """What a request must have; None: whoever reaches the page may watch and steer."""
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch(r"[A-Za-z0-9._~+/=-]{8,}", self.token):
+            raise InputError("WEBRTC_TOKEN must be 8 or more letters, digits and characters of -._~+/=")
 
 
 class Session:
@@ -60,7 +71,25 @@ class Session:
         """What the model has to say about the prompt."""
         self.prompt_block = 0
         """The block of the clip, counted from 1 as ``block``, since which the prompt is shown."""
-        self.next_prompt: str | None = None
+        self.next_prompt: Prompt | None = None
+        self.sent: deque[tuple[int, float]] = deque()
+        """Typed prompts of which no frame was queued yet: since which block they are shown, and when they were sent."""
+        self.sent_time = 0.0
+        """When ``next_prompt`` was sent (``time.monotonic``)."""
+        self.history: list[str] = []
+        """Prompts that were shown or typed, each once, the last one last."""
+        self.read_image: Callable[[IO[bytes]], Tensor] | None = None
+        """Makes an image file the model's first frame; None: the model cannot start from one."""
+        self.next_image: Tensor | None = None
+        """An image that the next typed prompt's clip starts from."""
+        self.problem: str | None = None
+        """What has gone wrong with a file."""
+        self.first_frame: Callable[[int], int] = int
+        """Number of the frame that a block of the clip begins with, both counted from 0."""
+        self.num_frames = 0
+        """Frames of the clip so far."""
+        self.has_generated = False
+        """Whether any clip has got a frame."""
         self.shown: list[Entry] = []
         """The prompts of the clip so far."""
         self.was_steered = False
@@ -82,28 +111,36 @@ class Session:
 
     # --- the generating thread
 
-    def ready(self, quantization: str, weight_bytes: int) -> None:
+    def ready(
+        self, quantization: str, weight_bytes: int, read_image: Callable[[IO[bytes]], Tensor] | None = None
+    ) -> None:
         """Say that the model is loaded, and wait for a viewer where the config asks for one.
 
         Args:
             quantization: as the page names it.
             weight_bytes: of the transformer.
+            read_image: makes an image file the model's first frame, or raises InputError; None: it cannot start from one.
         """
         with self.changed:
+            self.read_image = read_image
             self.model = {"quantization": quantization, "weight_mb": round(weight_bytes / 1e6, 1)}
             if self.config.wait_for_viewer and self.status == "loading":
                 self.status = "waiting"
                 self.changed.wait_for(lambda: self.viewers or self.status == "closing")
 
-    def clips(self, given: Iterable[Clip], from_prompt: Callable[[str], Clip]) -> Iterator[Clip]:
+    def clips(self, given: Iterable[Clip], from_prompt: Callable[[str, Tensor | None], Clip]) -> Iterator[Clip]:
         """Yield the given clips, a typed prompt's before the rest; then, as they are typed, those of further prompts.
 
         Ends when the server is told to close, or after the given clips where the config says so.
+
+        Args:
+            given: clips.
+            from_prompt: makes one of a typed prompt and the image that it starts from (None: of the prompt alone).
         """
         given = iter(given)
         while self._may_continue():
-            typed = self._take_typed()
-            clip = next(given, None) if typed is None else from_prompt(typed)
+            typed, image = self._take_typed()
+            clip = next(given, None) if typed is None else from_prompt(typed, image)
             if clip is not None:
                 yield clip
             elif self.config.exit_when_done:
@@ -115,8 +152,8 @@ class Session:
     def prompts(self, given: Iterator[tuple[int, str]]) -> Iterator[str]:
         """Yield the prompt of block after block: the given one, from a typed one on that one, to the end of the clip.
 
-        Ends early, and with that the clip, when it is stopped on the page; what is left of ``given`` then stays there, and
-        a typed prompt for the next clip.
+        Ends early, and with that the clip, when it is stopped on the page, or when a prompt is typed for a clip that starts
+        from an image; what is left of ``given`` then stays there, and a typed prompt for the next clip.
 
         Args:
             given: for every block of the clip its number in the video, counted from 0, and its prompt. A number that comes
@@ -129,10 +166,12 @@ class Session:
                 self.current = self.block + 1
                 if block != last and self.next_prompt is not None:
                     typed, self.next_prompt, self.was_steered = self.next_prompt, None, True
+                    self.sent.append((block, self.sent_time))
                 prompt = prompt if typed is None else typed
                 if not self.shown or self.shown[-1].prompt != prompt:
-                    self.shown.append(Entry(block, prompt))
+                    self.shown.append(Entry(block, Prompt.of(prompt)))
                     self.prompt, self.note, self.prompt_block = prompt, None, self.current
+                    self._remember(prompt)
             last = block
             yield prompt
 
@@ -141,10 +180,17 @@ class Session:
         with self.changed:
             self.prompt, self.note = prompt, note
 
-    def begin_clip(self, num_blocks: int | None) -> None:
-        """Say that a clip of so many blocks begins; None: of any number."""
+    def begin_clip(self, num_blocks: int | None, first_frame: Callable[[int], int] = int) -> None:
+        """Say that a clip begins.
+
+        Args:
+            num_blocks: how many blocks it has; None: any number.
+            first_frame: returns the number of the frame that a block begins with, both counted from 0.
+        """
         with self.changed:
             self.block, self.num_blocks, self.first_frame_seconds = 0, num_blocks, None
+            self.first_frame, self.num_frames = first_frame, 0
+            self.sent.clear()
             self.current, self.prompt_block, self.shown, self.was_steered = 0, 0, [], False
             if self.status not in ("paused", "closing"):
                 self.status = "generating"
@@ -163,9 +209,16 @@ class Session:
             self.block_times.append((len(frames), seconds))
             if self.first_frame_seconds is None and len(frames):
                 self.first_frame_seconds = seconds
-        self.playout.push(frames)
+            self.has_generated = True
+            labels = [self._label_frame() for _ in frames]
+        self.playout.push(frames, labels)
         self._wait_while_paused()
         self.block_start = time.monotonic()
+
+    def report_problem(self, problem: str) -> None:
+        """Say on the page what has gone wrong with a file."""
+        with self.changed:
+            self.problem = problem
 
     def add_file(self, path: Path) -> None:
         """Offer a finished file on the page."""
@@ -183,8 +236,11 @@ class Session:
         start = time.monotonic()
         while self._is_ahead():
             time.sleep(0.5 / FPS)
-        self.block_start += time.monotonic() - start
-        return not self.stop_requested
+        with self.changed:
+            self.block_start += time.monotonic() - start
+            if self.next_prompt is not None and self.next_image is not None:
+                self.stop_requested = True
+            return not self.stop_requested
 
     def _is_ahead(self) -> bool:
         with self.changed:
@@ -197,10 +253,23 @@ class Session:
         with self.changed:
             self.changed.wait_for(lambda: self.status != "paused")
 
-    def _take_typed(self) -> str | None:
+    def _take_typed(self) -> tuple[Prompt | None, Tensor | None]:
         with self.changed:
+            if self.next_prompt is None:
+                return None, None
             typed, self.next_prompt = self.next_prompt, None
-            return typed
+            image, self.next_image = self.next_image, None
+            return typed, image
+
+    def _remember(self, prompt: str) -> None:
+        self.history = [*(text for text in self.history if text != prompt), str(prompt)][-MAX_HISTORY:]
+
+    def _label_frame(self) -> tuple[str | None, float | None]:
+        """Return the prompt of the clip's next frame, and when it was sent where this is the first one that it changes."""
+        begun = [entry for entry in self.shown if self.first_frame(entry.block) <= self.num_frames]
+        is_new = self.sent and self.first_frame(self.sent[0][0]) <= self.num_frames
+        self.num_frames += 1
+        return begun[-1].prompt if begun else None, self.sent.popleft()[1] if is_new else None
 
     def _wait_for_prompt(self) -> None:
         with self.changed:
@@ -224,8 +293,24 @@ class Session:
     def submit_prompt(self, prompt: str) -> None:
         """Make ``prompt`` what comes next, instead of one that is still waiting."""
         with self.changed:
-            self.next_prompt = prompt
+            self.next_prompt, self.sent_time = Prompt.of(prompt), time.monotonic()
+            self._remember(prompt)
             self.changed.notify_all()
+
+    def submit_image(self, content: bytes) -> None:
+        """Let the next typed prompt begin a clip that starts from an image file; b"": no more.
+
+        Raises InputError where ``content`` is no image.
+        """
+        assert self.read_image is not None
+        image = self.read_image(io.BytesIO(content)) if content else None
+        with self.changed:
+            self.next_image = image
+
+    def storyboard(self) -> Storyboard | None:
+        """Return the prompts of the clip so far; None before the first one."""
+        with self.changed:
+            return Storyboard(tuple(self.shown)) if self.shown else None
 
     def control(self, action: str) -> bool:
         """Carry out pause, resume, stop (the clip) or close (the server); return False where it does not apply now."""
@@ -243,7 +328,7 @@ class Session:
 
     def _next_prompt_block(self) -> int | None:
         """Return the block at which a typed prompt takes effect; None where there is none, or it begins the next clip."""
-        waits = self.next_prompt is not None and self.status in ("generating", "paused")
+        waits = self.next_prompt is not None and self.next_image is None and self.status in ("generating", "paused")
         return self.current + 1 if waits and self.current < (self.num_blocks or math.inf) else None
 
     def snapshot(self) -> dict:
@@ -255,7 +340,11 @@ class Session:
                 "status": self.status,
                 "prompt": self.prompt,
                 "note": self.note,
+                "problem": self.problem,
                 "prompt_block": self.prompt_block,
+                "playing_prompt": self.playout.last.prompt if self.playout.last else None,
+                "response_seconds": self.playout.response_seconds,
+                "history": self.history,
                 "next_prompt": self.next_prompt,
                 "next_prompt_block": self._next_prompt_block(),
                 "block": self.block,
@@ -269,8 +358,18 @@ class Session:
                 "queued_seconds": round(len(self.playout.queue) / FPS, 1),
                 "dropped": self.playout.dropped,
                 "viewers": self.viewers,
+                "can_start_from_image": self.read_image is not None,
+                "has_image": self.next_image is not None,
                 "files": [
-                    {"name": name, "bytes": path.stat().st_size} for name, path in self.files.items() if path.exists()
+                    {"name": name, "bytes": size} for name, path in self.files.items() if (size := file_size(path))
                 ],
                 **self.model,
             }
+
+
+def file_size(path: Path) -> int:
+    """Return a file's bytes, 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

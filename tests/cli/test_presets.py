@@ -17,7 +17,7 @@ from scripts import run as run_script
 from scripts import self_forcing_env  # noqa: F401
 
 from dax.quant.nn.linear import QuantizedLinear
-from dax.quant.quantization import load_quantized
+from dax.quant.quantization import load_quantized, read_metadata
 from inferix import InputError, SelfForcingPipeline
 from inferix.checkpoints.containers import infer_sizes, load_checkpoint, quantized_weights
 from inferix.cli import download
@@ -220,6 +220,7 @@ def test_loras_are_merged_and_saved(flags, tmp_path, capsys):
         exact, weight = merged.transformer.get_submodule(name).weight, saved.get_submodule(name).weight
         assert (weight - exact).abs().max() <= exact.abs().amax() / 127
     assert torch.equal(saved.scale_shift_table, merged.transformer.scale_shift_table)
+    assert read_metadata(tmp_path / "int8")["loras"] == "peft.safetensors:0.5;lightx2v.safetensors:1.0"
 
 
 def test_lora_of_another_model(flags, tmp_path, capsys):

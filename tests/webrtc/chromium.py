@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import ClientSession
+from live import LIMIT
 from processes import Process
 
 FLAGS = (
@@ -33,7 +34,7 @@ class Page:
     async def call(self, method: str, **params) -> dict:
         self.calls += 1
         await self.socket.send_json({"id": self.calls, "method": method, "params": params})
-        while (reply := await self.socket.receive_json(timeout=60)).get("id") != self.calls:
+        while (reply := await self.socket.receive_json(timeout=LIMIT)).get("id") != self.calls:
             pass  # an event
         assert "error" not in reply, reply
         return reply["result"]
@@ -47,7 +48,7 @@ class Page:
         assert "exceptionDetails" not in reply, reply["exceptionDetails"]
         return reply["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 60):
+    async def until(self, script: str, seconds: float = LIMIT):
         """Return the first true value of an expression."""
         async with asyncio.timeout(seconds):
             while not (value := await self.run(script)):
@@ -83,7 +84,7 @@ async def chromium() -> AsyncIterator[Page]:
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         Process(["chromium", *FLAGS, f"--user-data-dir={profile}", "about:blank"]),
     ):
-        async with asyncio.timeout(60), ClientSession() as session:
+        async with asyncio.timeout(LIMIT), ClientSession() as session:
             port_file = Path(profile, "DevToolsActivePort")
             while not (port_file.exists() and port_file.read_text()):
                 await asyncio.sleep(0.05)

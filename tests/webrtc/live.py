@@ -17,29 +17,38 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 from processes import Process
 
-from inferix.webrtc.server import gather_from
+from inferix.webrtc.viewers import gather_from
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 240
+"""Seconds that anything may take: on a busy machine a start alone takes a minute."""
 
 
 class Script(Process):
-    """A script under example/quantization that streams on a free port, as a context manager."""
+    """A script under example/quantization that streams on a free port, as a context manager.
 
-    def __init__(self, name: str, output_folder: Path, **variables: str):
+    Args:
+        name: self_forcing or causvid.
+        output_folder: of the files.
+        prefix: command that starts the script.
+        variables: of the script.
+    """
+
+    def __init__(self, name: str, output_folder: Path, prefix: tuple = (), **variables: str):
         self.folder = output_folder
         defaults = {"ENABLE_WEBRTC": "1", "WEBRTC_PORT": "0", "OUTPUT_FOLDER": str(output_folder)}
-        command = [ROOT / f"example/quantization/{name}_quantized.sh"]
+        command = [*prefix, ROOT / f"example/quantization/{name}_quantized.sh"]
         super().__init__(command, env=os.environ | defaults | variables)
 
     def url(self) -> str:
         """Return where it says that it streams."""
-        self.wait_until(lambda: "watch it at" in self.stdout)
+        self.wait_until(lambda: "watch it at" in self.stdout, LIMIT)
         return re.search(r"watch it at (\S+)", self.stdout)[1]
 
     def interrupt(self) -> int:
         """Press Ctrl-C; return the exit code."""
         self.popen.send_signal(signal.SIGINT)
-        return self.wait().returncode
+        return self.wait(LIMIT).returncode
 
 
 class Viewer:
@@ -73,7 +82,7 @@ class Viewer:
         except MediaStreamError:
             pass
 
-    async def until_frames(self, count: int, seconds: float = 60) -> None:
+    async def until_frames(self, count: int, seconds: float = LIMIT) -> None:
         """Return when this viewer has got ``count`` frames more."""
         wanted = self.frames + count
         async with asyncio.timeout(seconds):
@@ -89,7 +98,7 @@ async def state(session: ClientSession) -> dict:
         return await reply.json()
 
 
-async def until(session: ClientSession, condition, seconds: float = 60) -> dict:
+async def until(session: ClientSession, condition, seconds: float = LIMIT) -> dict:
     """Return the first state that meets ``condition``."""
     now = await state(session)
     try:

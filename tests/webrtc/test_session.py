@@ -13,8 +13,9 @@ from live import Viewer, state, until
 
 from inferix import InputError
 from inferix.webrtc.playout import Playout
-from inferix.webrtc.server import media_addresses, serve
+from inferix.webrtc.server import serve
 from inferix.webrtc.session import Session, WebRTCConfig
+from inferix.webrtc.viewers import media_addresses
 
 FRAMES = torch.zeros(12, 3, 16, 16)
 
@@ -23,6 +24,11 @@ def make_session(**options) -> Session:
     session = Session(WebRTCConfig(**options), Playout())
     session.ready("fp8", 1000)
     return session
+
+
+def upper(prompt: str, image: torch.Tensor | None) -> str:
+    """Make a clip of a typed prompt."""
+    return prompt.upper()
 
 
 def generate(session: Session, clip: str, num_blocks: int = 3) -> int:
@@ -37,7 +43,7 @@ def generate(session: Session, clip: str, num_blocks: int = 3) -> int:
 
 def test_a_typed_prompt_comes_before_the_rest():
     session = make_session(exit_when_done=True)
-    clips = session.clips(["one", "two"], str.upper)
+    clips = session.clips(["one", "two"], upper)
     assert next(clips) == "one"
     session.submit_prompt("first")
     session.submit_prompt("typed")  # instead of the one before
@@ -46,7 +52,7 @@ def test_a_typed_prompt_comes_before_the_rest():
 
 def test_stop_ends_the_clip_and_no_other():
     session = make_session(exit_when_done=True)
-    clips = session.clips(["one", "two", "three"], str.upper)
+    clips = session.clips(["one", "two", "three"], upper)
     assert not session.control("stop")  # nothing is generated yet
     assert generate(session, next(clips)) == 3
     next(clips)
@@ -59,7 +65,7 @@ def test_stop_ends_the_clip_and_no_other():
 
 def test_close_ends_everything():
     session = make_session()
-    clips = session.clips(["one", "two"], str.upper)
+    clips = session.clips(["one", "two"], upper)
     next(clips)
     assert session.control("close") and list(clips) == [] and session.snapshot()["status"] == "closing"
 
@@ -106,7 +112,7 @@ def test_a_typed_prompt_takes_effect_at_the_next_block():
 
 def test_a_prompt_typed_in_the_last_block_is_the_next_clips():
     session = make_session(exit_when_done=True)
-    clips = session.clips(["one"], str.upper)
+    clips = session.clips(["one"], upper)
     session.begin_clip(1)
     prompts = session.prompts(zip(range(1), repeat(next(clips))))
     next(prompts)
@@ -173,7 +179,7 @@ def test_frames_beyond_ten_seconds_push_out_the_oldest(frames, dropped):
     playout = Playout()
     playout.push(torch.arange(frames).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / frames)
     assert (len(playout.queue), playout.dropped) == (160 if dropped else frames, dropped)
-    luma = playout.queue[0][:16].mean()
+    luma = playout.queue[0].planes[:16].mean()
     assert luma == pytest.approx(16 + 219 * dropped / frames, abs=2)
 
 

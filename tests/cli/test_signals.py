@@ -1,0 +1,48 @@
+"""Signals end a program in order, whatever the code does that they interrupt."""
+
+import signal
+import sys
+
+import pytest
+from processes import Process
+
+PROGRAM = """
+import sys, time
+from inferix.cli.main import run
+from inferix.errors import InputError
+
+class Destructor:
+    def __del__(self):
+        wait()
+
+def wait():
+    print("waiting", flush=True)
+    time.sleep(100)
+
+def convert():
+    try:
+        wait()
+    except BaseException:
+        raise InputError("what a library makes of the interruption") from None
+
+def lose():
+    Destructor()
+    time.sleep(100)
+
+def main(argv):
+    {}()
+
+raise SystemExit(run(main))
+"""
+
+
+@pytest.mark.parametrize("function", ["wait", "convert", "lose"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_program(function, sent, code):
+    """Also where a library turns the exception into another, and where it is raised in a destructor and so ignored."""
+    with Process([sys.executable, "-c", PROGRAM.format(function)]) as process:
+        process.wait_until(lambda: "waiting" in process.stdout)
+        process.popen.send_signal(sent)
+        result = process.wait(90)
+    assert result.returncode == code
+    assert result.stderr == ("stopped\n" if sent == signal.SIGINT else "")
