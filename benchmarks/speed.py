@@ -66,8 +66,8 @@ def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: 
     result = {"cold_start_s": time.perf_counter() - began, "weights_gb": num_bytes(pipeline.generator.model) / 1e9}
     result["clip_s"] = median_seconds(repeat(lambda: denoise_clip(pipeline, embeds), clock, repeats))
     result |= block_figures(time_blocks(pipeline, embeds, clock, repeats))
-    whole = [decode_clip(pipeline, pipeline.vae, embeds, clock) for _ in range(repeats)]
-    result["end_to_end_s"] = median_seconds([run["clip_ms"] for run in whole])
+    runs = [decode_clip(pipeline, pipeline.vae, embeds, clock) for _ in range(repeats)]
+    result["end_to_end_s"] = median_seconds([run["clip_ms"] for run in runs])
     result["fps"] = (4 * (geometry.config.image_or_video_shape[1] - 1) + 1) / result["end_to_end_s"]
     if device.type == "cuda":
         result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -194,6 +194,8 @@ def test_curl_and_the_state(capsys):
     (block,) = (block for block in blocks("bash") if "curl" in block.code)
     with serve(WebRTCConfig(port=0)) as session:
         session.ready("fp8", 10**6)
+        session.begin_clip(None)
+        assert next(session.prompts(iter([(0, "A red circle")]))) == "A red circle"
         url = capsys.readouterr().out.split()[-1].rstrip("/")
         states = []
         for command in commands(block.code):
@@ -203,7 +205,8 @@ def test_curl_and_the_state(capsys):
             )
             states.append(yaml.safe_load(reply.stdout))
     assert states[1]["next_prompt"] == "A blue square moves from top to bottom on a gray background"
-    assert states[2]["status"] == "closing"
+    assert states[2] == [{"at_block": 0, "prompt": "A red circle"}]
+    assert states[3]["status"] == "closing"
     documented = {name for keys, _ in table("docs/streaming.md", "### State") for name in names(keys)}
     assert documented == states[0].keys()
 

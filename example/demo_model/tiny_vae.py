@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--drawn", type=int, default=1024, help="drawn videos of 9 frames, and an eighth of 17")
     parser.add_argument("--generated", type=int, default=48, help="generated videos")
     parser.add_argument("--decoder_steps", type=int, default=2000)
-    parser.add_argument("--encoder_steps", type=int, default=200)
+    parser.add_argument("--encoder_steps", type=int, default=1000)
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop the decoder's training after this time"
     )

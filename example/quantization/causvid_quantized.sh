@@ -3,6 +3,7 @@
 #   PROMPT="A beautiful sunset over the ocean" NUM_ROLLOUT=6 ./example/quantization/causvid_quantized.sh
 # NPROC (default: the GPUs there are) processes share each video, or with DATA_PARALLEL make several at a time; see
 # launch.py, also for several nodes.
+# WEBRTC_TOKEN, the secret of the page, has none: flags can be seen by others.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 

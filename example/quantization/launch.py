@@ -51,7 +51,7 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> bool:
     """
     if os.path.basename(runner) not in MODELS:
         return False
-    from inferix.cli.preflight import check_processes, parse_arguments
+    from inferix.cli.preflight import check_processes, parse_arguments, read_ahead
     from inferix.errors import InputError
 
     try:
@@ -64,6 +64,8 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> bool:
     folders = dax.submodule_search_locations if dax else None
     if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
+    if "RANK" not in os.environ:  # once on a machine
+        read_ahead(args)
     return args.entries is not None
 
 

@@ -224,7 +224,7 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     write(folder, "sensitivity", comparison, alone, alone[:PLOTTED_GROUPS])
 
     ranked = [[name for name in linears if group_of(name) == figures.setting] for figures in alone]
-    figures, suggestion = fewest_kept(comparison, kind, wanted, ranked)
+    figures, suggestion = search_min_kept(comparison, kind, wanted, ranked)
     size = f"{format_bytes(figures.weight_bytes)} of weights instead of {format_bytes(full_size)}"
     lines = [f"# {kind}: PSNR {figures.psnr:.1f} dB, {size}"]
     lines += [f"{name or EVERYTHING}: {value or 'null'}" for name, value in suggestion.qconfig_dict.items()]
@@ -236,7 +236,9 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     )
 
 
-def fewest_kept(comparison: Comparison, kind: str, wanted: float, ranked: list[list[str]]) -> tuple[Figures, Setting]:
+def search_min_kept(
+    comparison: Comparison, kind: str, wanted: float, ranked: list[list[str]]
+) -> tuple[Figures, Setting]:
     """Return the fewest groups of Linears, from the front of ``ranked``, to keep for the PSNR wanted: found by bisection.
 
     Raises InputError where it takes all of them.

@@ -3,6 +3,7 @@
 #   PROMPT="A cat dancing on the moon" QUANT_TYPE=int8 ./example/quantization/self_forcing_quantized.sh
 # NPROC (default: the GPUs there are) processes share each video, or with DATA_PARALLEL make several at a time; see
 # launch.py, also for several nodes.
+# WEBRTC_TOKEN, the secret of the page, has none: flags can be seen by others.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
 

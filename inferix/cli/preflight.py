@@ -1,7 +1,13 @@
 """What can be found wrong with a command line before PyTorch is imported, which takes seconds."""
 
 import math
+import os
+import threading
 from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
 
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.file_names import entry_names
@@ -60,6 +66,24 @@ def prompt_entries(args: Namespace, config: PipelineConfig) -> list[PromptEntry]
                     "give the prompts ids (JSON Lines or CSV), or leave one out"
                 )
     return entries
+
+
+def read_ahead(args: Namespace) -> None:
+    """Begin to read the weights that the flags name into the page cache, while the program imports its libraries."""
+    paths, _ = resolve_model_paths(args)
+    base = chain(
+        paths.base.glob("*.pth"), *(paths.base.glob(f"{part}/*.safetensors") for part in ("text_encoder", "vae"))
+    )
+    checkpoint = paths.checkpoint.glob("*") if paths.checkpoint.is_dir() else [paths.checkpoint]
+    if hasattr(os, "posix_fadvise"):
+        # a thread, because the system may make the caller wait; nobody waits for it
+        threading.Thread(target=_read_files, args=([*checkpoint, *base],), name="read_ahead", daemon=True).start()
+
+
+def _read_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:  # a file that cannot be read is reported where it is needed
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def check_processes(args: Namespace, world_size: int) -> None:

@@ -205,8 +205,8 @@ class Attention(nn.Module):
         if feat_cache.row_parallel is not None:
             key_value = feat_cache.row_parallel.all_gather(key_value)
         query, key_value = (tensor.flatten(0, 1).flatten(1, 2)[:, None] for tensor in (query, key_value))
-        attended = F.scaled_dot_product_attention(query, *key_value.chunk(2, dim=-1))  # [B*T, 1, H*W, C]
-        return x + F.linear(attended, self.proj, self.proj_bias).view_as(x), None
+        attn_output = F.scaled_dot_product_attention(query, *key_value.chunk(2, dim=-1))  # [B*T, 1, H*W, C]
+        return x + F.linear(attn_output, self.proj, self.proj_bias).view_as(x), None
 
 
 class Upsample(nn.Module):

@@ -41,7 +41,8 @@ class Pipeline:
         config_path: YAML with the reference projects' keys.
         default_config_path: YAML that ``config_path`` is laid over.
         wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
-        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory.
+        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory. Default: False for
+            Self-Forcing, True for CausVid.
         parallel_config: how the ranks of a ``torchrun`` job share each video. Only the main process generates; the others
             call ``worker_loop``.
         device: default: the GPU if there is one.
@@ -58,13 +59,14 @@ class Pipeline:
     """
 
     default_base_model_path = "weights/Wan2.1-T2V-1.3B"
+    default_kv_offload = False
 
     def __init__(
         self,
         config_path: str | Path,
         default_config_path: str | Path | None = None,
         wan_base_model_path: str | Path | None = None,
-        enable_kv_offload: bool = False,
+        enable_kv_offload: bool | None = None,
         parallel_config: ParallelConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -85,9 +87,8 @@ class Pipeline:
         if not base.has_config and self.parallel.world_size > 1:
             raise InputError(f"{base.folder} has no config.json, which several processes need; see weights/README.md")
         self.base = base
-        self.pipeline = CausalInferencePipeline(
-            self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
-        )
+        offload = self.default_kv_offload if enable_kv_offload is None else enable_kv_offload
+        self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype, self.parallel, offload)
         self.quantized_weights: dict[str, QuantizedWeight] = {}
         """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
         self.loras: list[tuple[Path, float, int]] = []
@@ -235,8 +236,9 @@ class Blending:
             self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
         if self.done < self.length:
             self.done += 1
-            mixed = embeds if self.done == self.length else torch.lerp(self.start, embeds, self.done / self.length)
-            self.current = PromptEmbeds(mixed, switch)
+            if self.start is not None and self.done < self.length:
+                embeds = torch.lerp(self.start, embeds, self.done / self.length)
+            self.current = PromptEmbeds(embeds, switch)
         assert self.current is not None
         return self.current
 

@@ -5,7 +5,7 @@ import time
 
 
 class Startup:
-    """Counts the time since the last mark, at first since the process began, under the stage that ends now.
+    """Counts the time since the last mark, at first since the command was given, under the stage that ends now.
 
     So the stages leave nothing out. What comes after ``finish`` is not counted.
     """
@@ -29,9 +29,13 @@ class Startup:
 
 
 def process_age() -> float:
-    """Return the seconds since this process was started, the shell before an ``exec`` included; 0 where Linux does not say."""
+    """Return the seconds since the command was given, the shell before an ``exec`` included; 0 where Linux does not say.
+
+    A rank's command is the ``torchrun`` that started it.
+    """
+    process = os.getppid() if "RANK" in os.environ else "self"
     try:
-        with open("/proc/self/stat") as stat:
+        with open(f"/proc/{process}/stat") as stat:
             started = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError, ValueError, IndexError):

@@ -4,7 +4,7 @@ const say = (id, text) => { if (at(id).textContent !== text) at(id).textContent 
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 const video = at("video"), canvas = at("canvas");
 const words = { loading: "Loading", waiting: "Waiting for a viewer", generating: "Generating", paused: "Paused", idle: "Done", closing: "Closing", gone: "Server stopped" };
-const PATIENCE = 4000;  // milliseconds in which WebRTC has to connect
+const PATIENCE = 3500;  // milliseconds in which WebRTC has to connect
 let state = { status: "loading", files: [], history: [] };
 let connection = null, connected = false, overHttp = !window.RTCPeerConnection, obstacle = "";
 let shownFiles = "", shownHistory = "";
@@ -39,7 +39,7 @@ function disconnect() {
 
 // Both return why there is no video, "" where it has ended, null where the other way is to be tried.
 async function watchWebRtc(mine) {
-  const peer = new RTCPeerConnection();
+  const peer = new RTCPeerConnection(), tooLate = sleep(PATIENCE);
   mine.close = () => peer.close();
   peer.addTransceiver("video", { direction: "recvonly" });
   peer.ontrack = ({ track, receiver }) => {
@@ -57,7 +57,7 @@ async function watchWebRtc(mine) {
     await Promise.race([gathered, sleep(200)]);
     const answer = await request("offer", { sdp: peer.localDescription.sdp });
     await peer.setRemoteDescription(answer);
-    if (await Promise.race([up, failed, sleep(PATIENCE)]) !== "connected") return null;
+    if (await Promise.race([up, failed, tooLate]) !== "connected") return null;
     useElement(video);
     await failed;
     return "";

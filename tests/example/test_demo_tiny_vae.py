@@ -73,7 +73,7 @@ def test_the_script_decodes_with_it(tmp_path):
     scene = Scene("green", "circle", "from left to right", "white")
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
     env |= {"VAE": "tiny", "WAN_BASE_MODEL_PATH": str(BASE), "PROMPT": scene.prompt, "OUTPUT_FOLDER": str(tmp_path)}
-    env |= {"NUM_OUTPUT_FRAMES": "9", "OMP_NUM_THREADS": "1"}
+    env |= {"NUM_OUTPUT_FRAMES": "6", "OMP_NUM_THREADS": "1"}
     script = ROOT / "example/quantization/self_forcing_quantized.sh"
     result = subprocess.run([script], cwd=tmp_path.parent, env=env, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr

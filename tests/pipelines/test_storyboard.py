@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_config
 
 from inferix import CausVidPipeline, InputError, SelfForcingPipeline
 from inferix.cli.planner import each_rollout, rollout_blocks
-from inferix.pipelines.storyboard import Entry, Storyboard, read_storyboard
+from inferix.config import load_config
+from inferix.pipelines.pipeline import Blending
+from inferix.pipelines.storyboard import Entry, Prompt, Storyboard, first_frame, read_storyboard
 from inferix.webrtc.playout import Playout
 from inferix.webrtc.session import Session, WebRTCConfig
 
@@ -58,6 +61,13 @@ def test_positions(read, position, given, block):
     assert story.entries[1].block == block
 
 
+@pytest.mark.parametrize("given", [0, 1])
+def test_the_first_frame_of_a_block_is_where_an_entry_at_that_time_takes_effect(read, given):
+    for block in range(1, 9):
+        time = first_frame(block, 3, given) / 16
+        assert read(f"- {{at: 0, prompt: a}}\n- {{at: {time}, prompt: b}}", num_given=given).entries[1].block == block
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -70,6 +80,10 @@ def test_positions(read, position, given, block):
         ("- {at: 0, prompt: ' '}", "entry 1: prompt must be a text"),
         ("- {at: 0, prompt: 7}", "entry 1: prompt must be a text"),
         ("- {at: 0, prompt: a, speed: 2}", "no key speed"),
+        ("- {at: 0, prompt: a, blend: -1}", "blend must be a whole number"),
+        ("- {at: 0, prompt: a, blend: 1.5}", "blend must be a whole number"),
+        ("- {at: 0, prompt: a, blend: true}", "blend must be a whole number"),
+        ("- {at: 0, prompt: a, switch: fade}", "switch must be recache or cross_attention"),
         ("- {prompt: a}", "exactly one of"),
         ("- {at: 0, at_frame: 0, prompt: a}", "exactly one of"),
         ("- {at: -1, prompt: a}", "at must be a number from 0"),
@@ -88,7 +102,50 @@ def test_malformed_files_are_refused(read, text, message):
         read(text, num_blocks=7)
 
 
+LONGLIVE = '{"prompts": ["a", "b", "c"]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [(LONGLIVE, (6, 16)), (LONGLIVE[:-1] + ', "switch_frame_indices": [6, 16]}\n\n', None)],
+)
+def test_longlives_files(tmp_path, text, indices):
+    (tmp_path / "story.jsonl").write_text(text)
+    story = read_storyboard(tmp_path / "story.jsonl", 3, switch_frame_indices=indices)
+    assert story.entries == (Entry(0, "a"), Entry(2, "b"), Entry(6, "c"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "one line"),
+        (LONGLIVE + "\n" + LONGLIVE, "one line"),
+        ("[]", "one line"),
+        ('{"prompts": "a"}', "one line"),
+        ("{", "not JSON"),
+        ('{"prompts": ["a"], "seed": 1}', "no key seed"),
+        ('{"prompts": ["a", "b"]}', "2 prompts need a list of 1 switch_frame_indices"),
+        ('{"prompts": ["a", ""]}'[:-1] + ', "switch_frame_indices": [3]}', "entry 2: prompt must be a text"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": ["x"]}', "entry 2: at_frame must be a whole number"),
+        ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [6, 3]}', "entry 3: it begins before"),
+    ],
+)
+def test_malformed_longlive_files_are_refused(tmp_path, text, message):
+    (tmp_path / "story.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_storyboard(tmp_path / "story.jsonl", 3)
+
+
+@pytest.mark.parametrize(("written", "indices"), [("6, 16", (6, 16)), ("[6, 16]", (6, 16)), ("6", (6,))])
+def test_switch_frame_indices_of_a_config(tmp_path, written, indices):
+    path = small_config("self_forcing/configs/self_forcing_dmd", tmp_path, switch_frame_indices=written)
+    assert load_config(path).switch_frame_indices == indices
+
+
 def test_a_storyboard_is_read_as_it_was_written(tmp_path):
+    faded = Prompt("a", blend=3, switch="cross_attention")
+    read = read_storyboard(Storyboard((Entry(0, faded),)).write(tmp_path / "faded.yaml"), 3).entries[0].prompt
+    assert (read, read.blend, read.switch) == ("a", 3, "cross_attention")
     story = Storyboard((Entry(0, "Eine Katze: 'grün', #1 — " + "sehr " * 50 + "lang"), Entry(7, "- {at: 0}\nyes")))
     path = story.write(tmp_path / "story.yaml")
     assert read_storyboard(path, 3) == story and story.write(path) == path
@@ -137,3 +194,32 @@ def test_what_was_typed_is_generated_again_with_causvid(causvid: CausVidPipeline
     story = session.end_clip()
     assert [entry.block for entry in story.entries] == [0, 2, 3, 6]
     assert torch.equal(torch.cat(list(stream(story.prompts(rollout_blocks(3, 1)))), dim=1), live)
+
+
+def test_blending_goes_over_linearly():
+    """And from where it has come to, where another prompt is typed meanwhile."""
+    old, new, third = (torch.full((1, 2, 3), value) for value in (0.0, 4.0, 1.0))
+    blending = Blending(0)
+    steps = [blending.step(old, 4, None)]  # the first prompt comes from nowhere
+    steps += [blending.step(new, 4, "cross_attention") for _ in range(6)]
+    assert [step.embeds.mean().item() for step in steps] == [0, 1, 2, 3, 4, 4, 4]
+    assert steps[4] is steps[5] is steps[6] and steps[1].switch == "cross_attention"
+    blending.step(old, 2, None)
+    steps = [blending.step(third, 2, None), blending.step(third, 2, None)]
+    assert [step.embeds.mean().item() for step in steps] == [1.5, 1] and steps[1].embeds is third
+    assert Blending(3).step(old, None, None).embeds is old
+
+
+def test_a_storyboard_with_blending_and_switches(self_forcing: SelfForcingPipeline):
+    """Each changes the video from the switch on, and nothing before it."""
+
+    def video(**options) -> torch.Tensor:
+        story = Storyboard((Entry(0, "A cat"), Entry(2, Prompt("A dog", **options))))
+        prompts = ([prompt] for prompt in story.prompts(count()))
+        return torch.cat(list(self_forcing.stream(prompts, 12, self_forcing.seeded(1))), dim=1)
+
+    plain = video()
+    assert torch.equal(video(blend=1, switch="recache"), plain)
+    for options in ({"blend": 2}, {"switch": "cross_attention"}):
+        changed = video(**options)
+        assert torch.equal(changed[:, :21], plain[:, :21]) and not torch.equal(changed[:, 21:], plain[:, 21:])

@@ -25,12 +25,19 @@ LIMIT = 240
 
 
 class Script(Process):
-    """A script under example/quantization that streams on a free port, as a context manager."""
+    """A script under example/quantization that streams on a free port, as a context manager.
 
-    def __init__(self, name: str, output_folder: Path, **variables: str):
+    Args:
+        name: self_forcing or causvid.
+        output_folder: of the files.
+        prefix: command that starts the script.
+        variables: of the script.
+    """
+
+    def __init__(self, name: str, output_folder: Path, prefix: tuple = (), **variables: str):
         self.folder = output_folder
         defaults = {"ENABLE_WEBRTC": "1", "WEBRTC_PORT": "0", "OUTPUT_FOLDER": str(output_folder)}
-        command = [ROOT / f"example/quantization/{name}_quantized.sh"]
+        command = [*prefix, ROOT / f"example/quantization/{name}_quantized.sh"]
         super().__init__(command, env=os.environ | defaults | variables)
 
     def url(self) -> str:

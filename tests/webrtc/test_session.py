@@ -163,6 +163,45 @@ def test_with_a_viewer_generation_stays_one_block_ahead():
     assert not thread.is_alive()
 
 
+def test_an_image_begins_a_clip_of_its_own():
+    """The prompt that comes with it does not change the running clip, which ends as by Stop."""
+    session = make_session(exit_when_done=True)
+    session.read_image = lambda file: torch.tensor(list(file.read()))
+    made = []
+    clips = session.clips(["one", "two"], lambda prompt, image: made.append(image) or prompt.upper())
+    session.begin_clip(None)
+    prompts = session.prompts(zip(count(), repeat(next(clips))))
+    assert next(prompts) == "one"
+    session.submit_image(b"\7")
+    assert next(prompts) == "one"  # an image alone changes nothing
+    session.submit_prompt("typed")
+    assert session.snapshot()["next_prompt_block"] is None
+    assert list(prompts) == [] and session.stop_requested
+    assert next(clips) == "TYPED" and made[0].tolist() == [7]
+    assert not session.snapshot()["has_image"] and next(clips) == "two"
+
+
+def test_the_seconds_from_sending_a_prompt_to_the_first_frame_that_it_changes():
+    session = make_session()
+    session.begin_clip(None, lambda block: max(0, 12 * block - 3))  # of which pieces of 12 frames have parts of two
+    prompts = session.prompts(zip(count(), repeat("given")))
+    next(prompts)
+    next(prompts)
+    session.show(FRAMES)
+    session.submit_prompt("typed")
+    sent = session.sent_time
+    assert next(prompts) == "typed"
+    session.show(FRAMES)
+    labels = [(frame.prompt, frame.sent) for frame in session.playout.queue]
+    assert labels[:21] == [("given", None)] * 21
+    assert labels[21:] == [("typed", sent), ("typed", None), ("typed", None)]
+    for _ in labels:
+        assert session.playout.response_seconds is None or len(session.playout.queue) < 3
+        session.playout._take()
+    now = session.snapshot()
+    assert now["playing_prompt"] == "typed" and now["response_seconds"] > 0 and now["history"] == ["given", "typed"]
+
+
 def test_the_model_waits_for_a_viewer():
     session = Session(WebRTCConfig(wait_for_viewer=True), Playout())
     thread = threading.Thread(target=session.ready, args=("fp8", 1000))

@@ -4,7 +4,6 @@ import asyncio
 import http.client
 import json
 import sys
-from base64 import b64decode
 from urllib.parse import urlsplit
 
 import imageio.v3 as iio
@@ -15,44 +14,14 @@ from aiortc import RTCPeerConnection
 from chromium import Page, chromium
 from conftest import ROOT
 from live import LIMIT, Script, Viewer, state, until
+from pictures import BACKGROUNDS, BLUE, COLORS, READ_PIXELS, RECORD_TIMESTAMPS, RED, segment, shows, until_shown
 from processes import Process
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
 from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
 
-sys.path.insert(0, str(ROOT / "example/demo_model"))
-from score import segment  # noqa: E402
-from world import BACKGROUNDS, COLORS, Scene  # noqa: E402
-
 pytestmark = pytest.mark.timeout(900)
-RED = Scene("red", "square", "from left to right", "white")
-BLUE = Scene("blue", "circle", "from right to left", "black")
-RECORD_TIMESTAMPS = """
-    window.timestamps = [];
-    (function next() { video.requestVideoFrameCallback((_, meta) => { timestamps.push(meta.rtpTimestamp); next(); }); })();
-"""
-READ_PIXELS = """(() => {
-    const canvas = new OffscreenCanvas(128, 128).getContext("2d");
-    canvas.drawImage(video, 0, 0);
-    const pixels = canvas.getImageData(0, 0, 128, 128).data;
-    return btoa(Array.from(pixels, value => String.fromCharCode(value)).join(""));
-})()"""
-
-
-async def shows(page: Page) -> tuple[str, str]:
-    """The object's colour and the background in the page's video, read back through a canvas."""
-    pixels = torch.frombuffer(bytearray(b64decode(await page.run(READ_PIXELS))), dtype=torch.uint8)
-    frame = pixels.view(128, 128, 4)[..., :3].permute(2, 0, 1) / 255
-    color, background, mask = segment(frame[None])
-    seen = list(COLORS)[color.item()] if 300 < mask.sum() < 4000 else "nothing"
-    return seen, list(BACKGROUNDS)[background.item()]
-
-
-async def until_shown(page: Page, scene: Scene, seconds: float = LIMIT) -> None:
-    async with asyncio.timeout(seconds):
-        while await shows(page) != (scene.color, scene.background):
-            await asyncio.sleep(0.2)
 
 
 async def focus(page: Page, element: str) -> None:
@@ -108,7 +77,10 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
             await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 1")
             await page.open(url)
             await page.until("document.body?.dataset.status === 'idle'")
-            await focus(page, "stop")
+            await focus(page, "end")
+            await page.press("Enter")
+            await page.until("document.getElementById('sure').open")
+            await page.press("Tab")  # from the first button, which goes on
             await page.press("Enter")
             assert (await asyncio.to_thread(script.wait, LIMIT)).returncode == 0
 

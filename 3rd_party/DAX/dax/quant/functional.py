@@ -232,8 +232,8 @@ def to_float32(q: Tensor) -> tuple[Tensor, float]:
     bits = q.view(torch.int8).to(torch.int16)
     if q.dtype == torch.float8_e5m2:
         return bits.bitwise_left_shift_(8).view(torch.float16).float(), 1.0
-    keep = 0xBFFF - 0x10000  # as int16: all but the top exponent bit, into which the sign was extended
-    return bits.bitwise_left_shift_(7).bitwise_and_(keep).view(torch.float16).float(), 2.0**8
+    mask = 0xBFFF - 0x10000  # as int16: all but the top exponent bit, into which the sign was extended
+    return bits.bitwise_left_shift_(7).bitwise_and_(mask).view(torch.float16).float(), 2.0**8
 
 
 def int8_mm(x: Tensor, w: Tensor) -> Tensor:

@@ -229,10 +229,12 @@ class QuantizedLinear(nn.Module):
 
     def _differentiable(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `compute(x)`, with the gradients for `x` and the bias where they are wanted."""
+        if (
+            torch.jit.is_tracing()
+        ):  # TorchScript cannot hold a Python function; and a trace is checked without gradients
+            return compute(x.detach())
         if not torch.is_grad_enabled() or not (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return compute(x)
-        if torch.jit.is_tracing():  # TorchScript cannot hold a Python function
-            return compute(x.detach())
         return StraightThrough.apply(compute, x, self.bias, self.qweight, self.weight_scale, self.qconfig.rotation)
 
     def share_weight(self, other: Self) -> None:
