@@ -199,7 +199,7 @@ class Planner:
         self.folder, self.suffix = args.output_folder or ROOT / "outputs", settings_suffix(args)
         self.make: Any = self.self_forcing if args.model == "self_forcing" else self.causvid
         can_start_from_image = args.model == "self_forcing" and args.vae == "full"
-        self.read_image = self.pipeline.read_image if can_start_from_image else None
+        self.read_image: Callable | None = getattr(pipeline, "read_image") if can_start_from_image else None  # noqa: B009
         """Makes an image file the model's first frame; None: it cannot start from one."""
 
     def from_flags(self) -> Iterator[Job]:

@@ -217,7 +217,9 @@ class Blending:
             self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
         if self.done < self.length:
             self.done += 1
-            mixed = embeds if self.done == self.length else torch.lerp(self.start, embeds, self.done / self.length)
+            mixed = embeds
+            if self.start is not None and self.done < self.length:
+                mixed = torch.lerp(self.start, embeds, self.done / self.length)
             self.current = PromptEmbeds(mixed, switch)
         assert self.current is not None
         return self.current
