@@ -1,5 +1,7 @@
 """Measure clips that several GPUs of one host share: time, memory, NCCL's share, and the difference to one GPU.
 
+What a user of the script sees (clips to their complete files, streams) is measured in the same run.
+
     torchrun --standalone --nproc-per-node=4 benchmarks/several_gpus.py --geometries 1.3b 14b --splits 4x1 2x2 1x4
 
 A split is Ulysses x ring. Each setting is first measured on one GPU of the machine, several of them side by side. Every row
@@ -40,6 +42,8 @@ from common import (
 from settings import SETTINGS, build, denoise_clip, free_memory
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from user import COLUMNS as USER_COLUMNS
+from user import user_figures
 
 from inferix.cli.figures import errors_by_block, machine_name, markdown_table, write_report
 from inferix.cli.main import run
@@ -50,6 +54,7 @@ from inferix.errors import InputError
 from inferix.runtime.memory import num_bytes
 
 Split = tuple[int, int]
+KEYS = ("geometry", "setting", "split")
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
@@ -74,11 +79,17 @@ def gather(job: ContextParallel, value: object) -> list:
 
 @torch.no_grad()
 def measure(
-    geometry: Geometry, name: str, split: Split | None, device: torch.device, dtype: torch.dtype, repeats: int
+    geometry: Geometry,
+    name: str,
+    split: Split | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    engine_only: bool,
 ) -> tuple[dict, list[Tensor]]:
     """Return the figures of a setting and a clip's latents by block; the main process's alone are complete.
 
-    With a split all ranks call it; without one, this rank measures by itself.
+    With a split all ranks call it; without one, this rank measures by itself. With ``engine_only`` nothing is decoded.
     """
     free_memory(device)
     clock, embeds, cuda = Clock(device), random_prompt(geometry, device, dtype), device.type == "cuda"
@@ -92,6 +103,8 @@ def measure(
         row["cold_start_s"] = time.perf_counter() - began
         times = [timed(lambda: denoise_clip(pipeline, embeds), clock) for _ in range(repeats)]
         row |= {"clip_s": median_seconds(times), "clip_runs_s": [milliseconds / 1000 for milliseconds in times]}
+        if not engine_only:
+            row |= user_figures(pipeline, geometry, embeds, clock, repeats)
         if split is not None:
             pipeline.context_parallel.close()
     else:
@@ -172,7 +185,7 @@ class Benchmark:
 
     def measure(self, *arguments) -> tuple[dict, list[Tensor]]:
         began = time.monotonic()
-        measured = measure(*arguments, self.device, self.dtype, self.args.repeats)
+        measured = measure(*arguments, self.device, self.dtype, self.args.repeats, self.args.engine_only)
         self.longest = max(self.longest, time.monotonic() - began)
         return measured
 
@@ -251,6 +264,10 @@ def cells(row: Mapping) -> dict[str, str]:
 def tables(rows: list[dict]) -> str:
     """Return the figures, and errors and gains by block, as Markdown."""
     parts = [markdown_table(list(cells(rows[0])), [list(cells(row).values()) for row in rows])]
+    seen = [row for row in rows if USER_COLUMNS.keys() <= row.keys()]
+    if seen:
+        body = [[*(row[key] for key in KEYS), *(f"{row[key]:.4g}" for key in USER_COLUMNS)] for row in seen]
+        parts.append(markdown_table([*KEYS, *USER_COLUMNS.values()], body))
     titles = {
         "error": "Relative error to the same setting on one GPU:",
         "gain": "Gain:",
@@ -260,8 +277,8 @@ def tables(rows: list[dict]) -> str:
     for key, title in titles.items():
         known = [row for row in rows if key in row]
         if known:
-            header = ["geometry", "setting", "split", *(f"block {i}" for i in range(1, len(known[0][key]) + 1))]
-            body = [[row["geometry"], row["setting"], row["split"], *(f"{x:.4f}" for x in row[key])] for row in known]
+            header = [*KEYS, *(f"block {i}" for i in range(1, len(known[0][key]) + 1))]
+            body = [[*(row[k] for k in KEYS), *(f"{x:.4f}" for x in row[key])] for row in known]
             parts += [title, markdown_table(header, body)]
     return "\n\n".join(parts)
 
@@ -274,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=ours, default=["bf16", "fp8+fp8kv"])
     parser.add_argument("--num_frames", type=int, default=21, help="latent frames of a clip (default: 21)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
+    parser.add_argument("--engine_only", action="store_true", help="leave out decoding, files and streams")
     parser.add_argument("--time_limit", type=float, help="seconds after which no other row is begun")
     parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
     args = parser.parse_args(argv)

@@ -8,7 +8,7 @@ attention, from the same weights and draws. ``--help`` lists the flags.
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import checkout  # noqa: F401
@@ -30,6 +30,8 @@ from common import (
 from peers import block_figures, measure_flashdreams
 from settings import SETTINGS, build, denoise_clip, free_memory, missing
 from torch import Tensor
+from user import COLUMNS as USER_COLUMNS
+from user import decode_clip, user_figures
 
 from inferix.cli.figures import (
     axes,
@@ -45,20 +47,7 @@ from inferix.cli.figures import (
 from inferix.cli.main import run
 from inferix.cli.report import format_bytes
 from inferix.errors import InputError
-from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
-
-
-@torch.no_grad()
-def decode_clip(pipeline: CausalInferencePipeline, embeds: Tensor, clock: Clock) -> dict[str, float]:
-    """Return the milliseconds of a clip with decoding, and those to its first frames."""
-    generator = torch.Generator(pipeline.device).manual_seed(0)
-    noise = pipeline.draw(pipeline.config.image_or_video_shape, generator)
-    decoder, start, first = pipeline.vae.streaming_decoder(), clock.now(), None
-    for block in pipeline.denoise(noise, embeds, generator=generator):
-        decoder(block)
-        first = first or clock.now()
-    return {"clip_ms": clock.between(start, clock.now()), "first_frames_ms": clock.between(start, first)}
 
 
 def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: int) -> dict:
@@ -71,18 +60,18 @@ def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: 
     embeds = random_prompt(geometry, device, dtype)
     began = time.perf_counter()
     pipeline = build(geometry, setting, device, dtype)
-    decode_clip(pipeline, embeds, clock)
+    decode_clip(pipeline, pipeline.vae, embeds, clock)
     if device.type == "cuda":
         torch.cuda.synchronize()
     result = {"cold_start_s": time.perf_counter() - began, "weights_gb": num_bytes(pipeline.generator.model) / 1e9}
     result["clip_s"] = median_seconds(repeat(lambda: denoise_clip(pipeline, embeds), clock, repeats))
     result |= block_figures(time_blocks(pipeline, embeds, clock, repeats))
-    whole = [decode_clip(pipeline, embeds, clock) for _ in range(repeats)]
-    result["end_to_end_s"] = median_seconds([run["clip_ms"] for run in whole])
-    result["first_frames_ms"] = 1000 * median_seconds([run["first_frames_ms"] for run in whole])
+    runs = [decode_clip(pipeline, pipeline.vae, embeds, clock) for _ in range(repeats)]
+    result["end_to_end_s"] = median_seconds([run["clip_ms"] for run in runs])
     result["fps"] = (4 * (geometry.config.image_or_video_shape[1] - 1) + 1) / result["end_to_end_s"]
     if device.type == "cuda":
         result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    result |= user_figures(pipeline, geometry, embeds, clock, repeats)
     if exact is not None:
         result["error"], result["gain"] = errors_by_block(clip_latents(pipeline, embeds), exact)
     return result
@@ -111,27 +100,28 @@ COLUMNS = {
     "clip_s": "clip s",
     "seven_blocks_s": "7 blocks s",
     "full_window_block_ms": "full-window block ms",
-    "first_frames_ms": "first frames ms",
     "end_to_end_s": "end to end s",
     "fps": "frames/s",
 }
 
 
-def cells(result: Mapping) -> dict[str, str]:
-    """Return the figures of a setting as text, by the header of ``COLUMNS``."""
+def cells(result: Mapping, columns: Iterable[str] = COLUMNS) -> list[str]:
+    """Return figures of a setting as text; nothing where there is none."""
 
     def text(key: str) -> str:
         if key not in result:
             return ""
         return format_bytes(result[key] * 1e9) if key.endswith("_gb") else f"{result[key]:.4g}"
 
-    return {header: text(key) for key, header in COLUMNS.items()}
+    return [text(key) for key in columns]
 
 
 def tables(results: Mapping[str, dict]) -> str:
     """Return the figures, the relative error and the gain by block, and the milliseconds by block, as Markdown."""
-    rows = [[name, *cells(result).values()] for name, result in results.items()]
-    parts = [markdown_table(["setting", *COLUMNS.values()], rows)]
+    parts = []
+    for columns in (COLUMNS, USER_COLUMNS):
+        rows = [[name, *cells(result, columns)] for name, result in results.items()]
+        parts.append(markdown_table(["setting", *columns.values()], rows))
     compared = {name: result for name, result in results.items() if "error" in result}
     if compared:
         errors = {name: [format_error(error, name) for error in r["error"]] for name, r in compared.items()}
@@ -171,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"VAE decode of the clip: {report['vae_decode_s']:.3f} s", flush=True)
     for name in names:
         report["settings"][name] = measure(geometry, name, exact, args.repeats)
-        figures = cells(report["settings"][name])
-        print(f"{name}: " + ", ".join(f"{header} {cell}" for header, cell in figures.items() if cell), flush=True)
+        known = zip(COLUMNS.values(), cells(report["settings"][name]))
+        print(f"{name}: " + ", ".join(f"{header} {cell}" for header, cell in known if cell), flush=True)
         write_report(args.output_folder / "benchmark.json", report)
     print(f"\n{machine_name()}, torch {torch.__version__}, {args.geometry} geometry\n\n{tables(report['settings'])}")
     plot_seconds(report["settings"], args.output_folder / "benchmark.png")

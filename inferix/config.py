@@ -21,7 +21,7 @@ PROMPT_SWITCHES = ("recache", "cross_attention")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks of a ``torchrun`` job share one clip."""
+    """How the ranks of a ``torchrun`` job share one clip, and, with data parallelism, which groups of them there are."""
 
     ulysses_size: int = 1
     """Ranks over which attention heads are split (DeepSpeed-Ulysses, arXiv 2309.14509)."""
@@ -29,7 +29,13 @@ class ParallelConfig:
     """Ranks over which keys and values are split (Ring Attention, arXiv 2310.01889)."""
     local_rank: int = 0
     rank: int = 0
+    """Among the ranks that share a clip."""
     world_size: int = 1
+    """Ranks that share a clip."""
+    data_parallel_rank: int = 0
+    """Number of this rank's group. Global rank ``data_parallel_rank * world_size + rank`` of torchrun's."""
+    data_parallel_size: int = 1
+    """Groups of ``world_size`` ranks, each of which makes clips of its own."""
 
     def __post_init__(self) -> None:
         if min(self.ulysses_size, self.ring_size) < 1:

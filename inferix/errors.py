@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+class FailedVideosError(Exception):
+    """Some videos of a batch could not be made; the others were. The runners print the message and exit with 1."""
+
+
+class WriteError(InputError):
+    """A file cannot be written: the folder, its permissions, or a full disk."""
+
+
 NOT_THE_INPUT = ("out of memory", "allocate memory", "CUDA error")
 """Parts of the messages of RuntimeErrors that say nothing about the input: PyTorch has no class of its own for all."""
 

@@ -1,13 +1,11 @@
 """Write videos as MP4 files without making the generator wait for the encoder."""
 
 import atexit
-import errno
-import filecmp
 import itertools
 import os
-import re
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,23 +16,15 @@ import torch
 from torch import Tensor
 
 from inferix.config import FPS
-from inferix.errors import InputError
+from inferix.errors import InputError, WriteError
 from inferix.video_encoder import Encoder, encoder_command, to_pixels
+from inferix.video_files import lock, publish
 
 QUEUE_BYTES = 128 * 2**20
 """Bytes of 8-bit frames that may wait for one encoder before ``VideoWriter.write`` blocks (112 frames of 480x832)."""
 
 MAX_FINISHING = 2
 """Encoders that may still be finishing earlier videos when a new one is begun."""
-
-
-def safe_file_name(prompt: str, limit: int = 80) -> str:
-    """Return ``prompt`` as a file name without a suffix: letters, digits and dashes of any script.
-
-    The name has at most ``limit`` bytes in UTF-8; it is "video" if nothing else is left.
-    """
-    name = re.sub(r"[^\w]+", "-", prompt).strip("-_").encode()[:limit]
-    return name.decode(errors="ignore").strip("-_") or "video"
 
 
 def count_frames(path: str | Path) -> int:
@@ -64,6 +54,9 @@ class VideoWriter:
     Args:
         path: the file to write; its folder is created if it does not exist.
         fps: frames per second.
+        overwrite: take the place of the file at ``path``, if there is one.
+        on_complete: called with the writer, in the writer's thread, when the file is complete. An exception is one of the
+            writer. If the process is killed before it returns, ``remove_stale_partials`` removes the file.
 
     Attributes:
         path: the file's name; the final one as soon as the file is complete.
@@ -83,8 +76,15 @@ class VideoWriter:
 
     _numbers = itertools.count()
 
-    def __init__(self, path: str | Path, fps: float = FPS):
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float = FPS,
+        overwrite: bool = False,
+        on_complete: Callable[["VideoWriter"], None] | None = None,
+    ):
         self.path, self.fps, self.frames = Path(path), fps, 0
+        self.overwrite, self.on_complete = overwrite, on_complete
         self._size: tuple[int, int] | None = None  # height, width
         self._closed = self._aborted = False
         self._encoder: Encoder | None = None
@@ -104,7 +104,7 @@ class VideoWriter:
         try:
             self._partial = self._create_partial()
         except OSError as error:
-            raise InputError(f"cannot write to {self.path.parent}: {error.strerror}; choose another folder") from None
+            raise WriteError(f"cannot write to {self.path.parent}: {error.strerror}; choose another folder") from None
         self._busy.acquire()
         self._thread = threading.Thread(target=self._run, name=f"writer of {self.path.name}", daemon=True)
         self._thread.start()
@@ -117,7 +117,8 @@ class VideoWriter:
             partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}-{next(self._numbers)}.partial.mp4")
             self.partials.add(partial)
             try:
-                partial.open("xb").close()
+                self._lock = partial.open("xb")  # held as long as the process lives: see remove_stale_partials
+                lock(self._lock)
                 return partial
             except OSError as error:
                 self.partials.discard(partial)
@@ -160,6 +161,7 @@ class VideoWriter:
             self._encoder.close()
         with suppress(OSError):
             self._partial.unlink()
+        self._lock.close()
         self.partials.discard(self._partial)
         self._pending = SimpleQueue()  # frees the frames of an encoder that has failed
         self._encoded.put(0)  # wakes up ``write``
@@ -192,15 +194,27 @@ class VideoWriter:
                 self._encoder.finish()
             except OSError:  # the encoder has ended or the file is gone
                 self._encoder.finish(timeout=10)
-                raise InputError(f"the encoder took only a part; is {command[0]} an ffmpeg?") from None
+                raise WriteError(f"the encoder took only a part; is {command[0]} an ffmpeg?") from None
             if self._aborted:
                 return
             if count_frames(self._partial) != num_frames:
-                raise InputError(f"the encoder left frames out; is {command[0]} an ffmpeg?")
-            self.path = _publish(self._partial, self.path)
+                raise WriteError(f"the encoder left frames out; is {command[0]} an ffmpeg?")
+            self.path = publish(self._partial, self.path, self.overwrite)
+            if self.on_complete is not None:
+                self._call_on_complete(self.on_complete)
         except (InputError, OSError) as error:
             reason = self._missing() or getattr(error, "strerror", None) or error
-            raise InputError(f"writing {self.path} failed: {reason}") from None
+            raise WriteError(f"writing {self.path} failed: {reason}") from None
+
+    def _call_on_complete(self, on_complete: Callable[["VideoWriter"], None]) -> None:
+        """Call ``on_complete``; if it fails, remove the file, unless it was there before."""
+        try:
+            on_complete(self)
+        except Exception:
+            with suppress(OSError):
+                if self._partial.samefile(self.path):
+                    self.path.unlink()
+            raise
 
     def _missing(self) -> str | None:
         """Return what became of the incomplete file or its folder; None if it is there."""
@@ -250,7 +264,7 @@ class VideoWriter:
         if self._error:
             self._raise_failure()
         if self._aborted or not self.frames:
-            raise InputError(f"{self.path} was not written: {'an error came first' if self.frames else 'no frames'}")
+            raise WriteError(f"{self.path} was not written: {'an error came first' if self.frames else 'no frames'}")
         return self.path
 
     def __enter__(self) -> "VideoWriter":
@@ -260,34 +274,6 @@ class VideoWriter:
         self._close(abort=error_type is not None)
         if self._error and error_type is None:
             self._raise_failure()
-
-
-def _publish(partial: Path, path: Path) -> Path:  # type: ignore[return]
-    """Give a complete file its name, or the first numbered one that is free, and return it.
-
-    A file of such a name with the same bytes stays and is returned instead. Nothing is overwritten, whatever other
-    processes do at the same time. ``partial`` may be left.
-    """
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            _link(partial, candidate)
-            return candidate
-        except FileExistsError:
-            with suppress(OSError):  # a dangling link, or removed in the meantime
-                if filecmp.cmp(partial, candidate, shallow=False):
-                    return candidate
-
-
-def _link(partial: Path, path: Path) -> None:
-    """Make ``partial`` appear as ``path``. Raises FileExistsError if there is such a file."""
-    try:
-        os.link(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        path.open("xb").close()  # a file system without hard links: reserve the name first
-        partial.replace(path)
 
 
 class SegmentedVideoWriter:
@@ -302,13 +288,20 @@ class SegmentedVideoWriter:
         path: ``name.mp4``.
         segment_seconds: length of every piece but the last.
         fps: frames per second.
+        on_complete: called with the ``VideoWriter`` of every piece that is complete.
 
     Attributes:
         frames: number of frames written so far.
     """
 
-    def __init__(self, path: str | Path, segment_seconds: float = 60, fps: float = FPS):
-        self.path, self.fps, self.frames = Path(path), fps, 0
+    def __init__(
+        self,
+        path: str | Path,
+        segment_seconds: float = 60,
+        fps: float = FPS,
+        on_complete: Callable[[VideoWriter], None] | None = None,
+    ):
+        self.path, self.fps, self.frames, self.on_complete = Path(path), fps, 0, on_complete
         self._segment_frames = max(1, round(segment_seconds * fps))
         self._writers: list[VideoWriter] = []
         for number in itertools.count(2):
@@ -321,7 +314,7 @@ class SegmentedVideoWriter:
         return self.path.with_stem(f"{self.path.stem}-{index:05d}")
 
     def _begin_piece(self) -> None:
-        self._writers.append(VideoWriter(self._piece(len(self._writers)), self.fps))
+        self._writers.append(VideoWriter(self._piece(len(self._writers)), self.fps, on_complete=self.on_complete))
 
     def write(self, frames: Tensor) -> None:
         """Append frames [t, 3, H, W] in [0, 1]. Raises as ``VideoWriter.write``."""

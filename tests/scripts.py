@@ -1,5 +1,6 @@
 """The scripts under example/quantization as the tests start them: real processes, on the golden models."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,12 +56,14 @@ def run(script: str, env: dict[str, str], folder: Path, *arguments: str, **optio
 
 
 def written(result: subprocess.CompletedProcess, folder: Path) -> list[Path]:
-    """Return the files that a successful run says it has written, which are all there are."""
+    """Return the files that a successful run says it has written, which are all there are and have a record each."""
     assert result.returncode == 0, result.stderr
     files = [
         folder / line.removeprefix("file written").strip() for line in result.stdout.splitlines() if "file wr" in line
     ]
-    assert sorted(files) == sorted((folder / "my videos").iterdir())
+    lines = (folder / "my videos/manifest.jsonl").read_text().splitlines()
+    videos = [path for path in (folder / "my videos").iterdir() if path.name != "manifest.jsonl"]
+    assert sorted(files) == sorted(videos) == sorted(folder / "my videos" / json.loads(line)["file"] for line in lines)
     return files
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from inferix import video
 from inferix.errors import InputError
-from inferix.video import SegmentedVideoWriter, VideoWriter, count_frames, safe_file_name, wait_for_writers
+from inferix.file_name import safe_file_name
+from inferix.video import SegmentedVideoWriter, VideoWriter, count_frames, wait_for_writers
 from inferix.video_encoder import Encoder, encoder_command, to_pixels
 
 

@@ -13,6 +13,7 @@ from inferix.models.attention import attention
 from inferix.models.causal_attention import QKVBuffers
 from inferix.models.config import TransformerConfig
 from inferix.models.kv_cache import KVCache, WindowConfig
+from inferix.models.rope import rope_table
 from inferix.models.scheduler import DenoisingStep, FlowMatchScheduler
 from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from text import TEXT_LEN
@@ -135,7 +136,9 @@ def x0_error(
         given: frames at the start that are not generated.
     """
     frames, (height, width) = x0.shape[1], x0.shape[-2:]
-    rotary_emb = model.rotary_emb([*range(frames)] * 2, height, width)
+    # computed on the device, as a CUDA graph cannot copy from the host
+    positions = torch.arange(frames, device=x0.device).repeat(2)
+    rotary_emb = rope_table(positions, height // 2, width // 2, model.config.head_dim)
     timestep = torch.cat([torch.zeros_like(level[0]), level[0]], 1)
     with half_precision(x0.device):
         both = torch.cat([context, noisy], 1)

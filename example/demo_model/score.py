@@ -2,6 +2,7 @@
 
 python example/demo_model/score.py                    # the table of the README: 216 prompts, both samplers
 python example/demo_model/score.py --samplers causvid --quants int8 --prompts 12
+python example/demo_model/score.py --lora weights/demo/lora/white.safetensors     # the prompts that the LoRA teaches
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from world import BACKGROUNDS, COLORS, DIRECTIONS, LORA_SHAPES, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
+from world import ALL_COLORS, BACKGROUNDS, COLORS, DIRECTIONS, LORA_SCENES, SCENES, SHAPES, SIZE, SPEED, Scene, coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,15 +29,15 @@ QUANTS = ("none", "fp8", "int8")
 CRITERIA = ("colour", "shape", "direction", "background")
 ENOUGH = 0.9  # share of the frames that must show the right thing
 MIN_OVERLAP = 0.8  # intersection over union of what is seen and the shape where it is seen
-ALL_SHAPES = SHAPES + LORA_SHAPES
 PALETTE = torch.tensor([*COLORS.values(), *BACKGROUNDS.values()])
 
 
 def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is seen in each frame of a video [T, 3, H, W].
 
-    Returns the index of the object's colour [T], that of the background [T], and the object's pixels [T, H, W]: those
-    nearer to the object's colour, or to any other that is not the background's, than to the background's.
+    Returns the object's colour as an index of ``PALETTE`` [T], the index of the background [T], and the object's pixels
+    [T, H, W]: those nearer to the object's colour, or to any other that is not the background's, than to the
+    background's.
     """
     pixels = video.float().permute(0, 2, 3, 1).flatten(1, 2)  # [T, H*W, 3]
     distance = torch.cdist(pixels, PALETTE.to(video.device).expand(len(pixels), -1, -1))
@@ -44,7 +45,8 @@ def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     background = counts[:, len(COLORS) :].argmax(-1)
     is_object = distance.argmin(-1) != len(COLORS) + background[:, None]
     inside = torch.where(is_object[..., None], pixels, torch.nan).nanmedian(dim=1).values  # [T, 3]
-    color = torch.cdist(inside.nan_to_num(-1), PALETTE[: len(COLORS)].to(video.device)).argmin(-1)
+    to_inside = torch.cdist(inside.nan_to_num(-1), PALETTE.to(video.device))
+    color = to_inside.scatter(1, len(COLORS) + background[:, None], torch.inf).argmin(-1)
     # an antialiased edge pixel is half one, half the other: cut half way
     foreground, behind = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(COLORS) + background]
     axis = foreground - behind
@@ -68,7 +70,7 @@ def overlaps(mask: Tensor, center: Tensor) -> Tensor:
     Anything else in the frame, a second object say, counts against it.
     """
     result = []
-    for shape in ALL_SHAPES:
+    for shape in SHAPES:
         template = coverage(shape, torch.full((1, 2), SIZE / 2, device=mask.device)) > 0.5
         template = coverage(shape, center + SIZE / 2 - centroids(template)) > 0.5
         both, either = (template & mask).sum((1, 2)), (template | mask).sum((1, 2))
@@ -89,6 +91,7 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
     overlap = overlaps(mask, center)
     moved, (dx, dy) = travel(center), DIRECTIONS[scene.direction]
     expected = SPEED * (len(video) - 1)
+    wanted = torch.cdist(torch.tensor([ALL_COLORS[scene.color]]), PALETTE).argmin()
     along, across = (moved[0] * dx + moved[1] * dy).item(), (moved[0] * dy + moved[1] * dx).abs().item()
     seen = overlap.amax(1) >= MIN_OVERLAP  # exactly one known shape, of the right size
 
@@ -96,19 +99,21 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
         return right.float().mean().item() >= ENOUGH
 
     return {
-        "colour": often(seen & (color == list(COLORS).index(scene.color))),
-        "shape": often(seen & (overlap.argmax(1) == ALL_SHAPES.index(scene.shape))),
+        "colour": often(seen & (color == wanted.item())),
+        "shape": often(seen & (overlap.argmax(1) == SHAPES.index(scene.shape))),
         "direction": often(seen) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),
     }
 
 
-def load_pipeline(sampler: str, quant: str, weights: Path):
-    """The embedded model, quantized as the runners do it."""
+def load_pipeline(sampler: str, quant: str, weights: Path, lora: Path | None = None):
+    """The embedded model, with a LoRA or without, quantized as the runners do it."""
     pipeline_class, checkpoint = SAMPLERS[sampler]
     config = ROOT / f"example/{sampler}/configs/{sampler}_demo.yaml"
     pipeline = pipeline_class(config, wan_base_model_path=weights / "Wan2.1-T2V-demo")
     pipeline.load_checkpoint(weights / checkpoint)
+    if lora:
+        pipeline.load_lora(lora)
     pipeline.setup_devices()
     if quant != "none":
         from dax.quant.quantization import qconfig, quantize_dynamic
@@ -148,34 +153,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
     parser.add_argument("--quants", nargs="+", choices=QUANTS, default=list(QUANTS))
-    parser.add_argument("--prompts", type=int, default=len(SCENES), help="score this many prompts, evenly chosen")
+    parser.add_argument("--prompts", type=int, default=len(SCENES), help="score at most this many, evenly chosen")
     parser.add_argument("--long", type=int, default=12, help="of these, so many also as three CausVid rollouts")
     parser.add_argument("--batch", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights/demo")
+    parser.add_argument("--lora", type=Path, help="score the prompts that this LoRA teaches")
     args = parser.parse_args()
     torch.compiler.set_stance("force_eager")  # compiling takes longer than so few clips
 
+    scenes = LORA_SCENES if args.lora else SCENES
+
     def evenly(count: int) -> list[Scene]:
-        return [SCENES[i * len(SCENES) // count] for i in range(count)]
+        count = min(count, len(scenes))
+        return [scenes[i * len(scenes) // count] for i in range(count)]
 
     names = [*CRITERIA, "all four"]
     print("| sampler | weights | prompts | " + " | ".join(names) + " |")
     print("|---|---|---|" + "---|" * len(names))
 
-    def row(sampler: str, quant: str, count: int, right: dict[str, float]) -> None:
+    def row(sampler: str, quant: str, scored: list[Scene], right: dict[str, float]) -> None:
         print(
-            f"| {sampler} | {quant} | {count} | " + " | ".join(f"{right[name]:.1f}" for name in names) + " |",
+            f"| {sampler} | {quant} | {len(scored)} | " + " | ".join(f"{right[name]:.1f}" for name in names) + " |",
             flush=True,
         )
 
     for sampler in args.samplers:
         for quant in args.quants:
-            pipeline = load_pipeline(sampler, quant, args.weights)
-            row(sampler, quant, args.prompts, score_prompts(pipeline, evenly(args.prompts), args.batch, args.seed))
+            pipeline = load_pipeline(sampler, quant, args.weights, args.lora)
+            scored = evenly(args.prompts)
+            row(sampler, quant, scored, score_prompts(pipeline, scored, args.batch, args.seed))
             if sampler == "causvid" and args.long:
-                right = score_rollouts(pipeline, evenly(args.long), 3, args.seed)
-                row("causvid, 3 rollouts", quant, args.long, right)
+                scored = evenly(args.long)
+                row("causvid, 3 rollouts", quant, scored, score_rollouts(pipeline, scored, 3, args.seed))
 
 
 if __name__ == "__main__":

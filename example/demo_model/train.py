@@ -60,9 +60,9 @@ class Trainer:
 
         def log(step: int, steps: int, **values: Tensor) -> None:
             if step % max(1, steps // 25) == 0 or step in (5, 20) or step == steps - 1:
-                shown = "  ".join(f"{key} {value.item():.5f}" for key, value in values.items())
+                text = "  ".join(f"{key} {value.item():.5f}" for key, value in values.items())
                 pace = (time.perf_counter() - start) / (step + 1)
-                print(f"{name} {step:5d}/{steps}  {shown}  {pace:.3f} s/step", flush=True)
+                print(f"{name} {step:5d}/{steps}  {text}  {pace:.3f} s/step", flush=True)
 
         return log
 

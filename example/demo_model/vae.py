@@ -97,12 +97,12 @@ def random_clips(batch: int, frames: int, device: torch.device, window: int = SI
     pixels, cover = render_many(scenes, starts, torch.arange(frames, device=device))
     if window == SIZE:
         return pixels, cover
-    cut = []
+    corners = []
     for scene, start in zip(scenes, starts):
         middle = centers(scene, start, torch.tensor([frames / 2]))[0] + torch.randint(-16, 17, (2,))
-        cut.append((middle - window / 2).clamp(0, SIZE - window).int().tolist())
+        corners.append((middle - window / 2).clamp(0, SIZE - window).int().tolist())
     return tuple(
-        torch.stack([clip[..., y : y + window, x : x + window] for clip, (x, y) in zip(clips, cut)])
+        torch.stack([clip[..., y : y + window, x : x + window] for clip, (x, y) in zip(clips, corners)])
         for clips in (pixels, cover)
     )
 

@@ -28,8 +28,10 @@ COLORS = {
     "orange": (1.00, 0.52, 0.02),
 }
 BACKGROUNDS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "gray": (0.5, 0.5, 0.5)}
+LORA_COLORS = {"white": BACKGROUNDS["white"]}
+"""Objects' colours that only the LoRA in weights/demo/lora knows. The VAE shows no other colours than the world's."""
+ALL_COLORS = COLORS | LORA_COLORS
 SHAPES = ("circle", "square", "triangle")
-LORA_SHAPES = ("cross",)  # what the LoRA in weights/demo/lora adds
 DIRECTIONS = {  # (x, y), y downwards
     "from left to right": (1, 0),
     "from right to left": (-1, 0),
@@ -53,6 +55,9 @@ class Scene:
 
 
 SCENES = tuple(Scene(*words) for words in product(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS))
+LORA_SCENES = tuple(
+    Scene(*words) for words in product(LORA_COLORS, SHAPES, DIRECTIONS, BACKGROUNDS) if words[0] != words[3]
+)
 STARTS = tuple(product(PLACES, LINES))
 """The first is that of a clip that no other came before."""
 
@@ -79,9 +84,6 @@ def coverage(shape: str, center: torch.Tensor) -> torch.Tensor:
         distance = (x**2 + y**2).sqrt() - 22.2
     elif shape == "square":
         distance = torch.maximum(x.abs(), y.abs()) - 19.7
-    elif shape == "cross":  # two bars
-        long, short = torch.maximum(x.abs(), y.abs()) - 26.0, torch.minimum(x.abs(), y.abs()) - 9.0
-        distance = torch.maximum(long, short)
     else:  # an equilateral triangle standing on its base; 17.3 is the radius of its inscribed circle
         distance = torch.maximum(y, x.abs() * math.sqrt(3) / 2 - y / 2) - 17.3
     return (0.5 - distance).clamp(0, 1)
@@ -103,7 +105,7 @@ def render_many(
         chosen = [i for i, scene in enumerate(scenes) if scene.shape == shape]
         cover[chosen] = coverage(shape, middle[chosen])
     cover = cover[:, :, None]
-    color = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
+    color = torch.tensor([ALL_COLORS[scene.color] for scene in scenes], device=device)[:, None, :, None, None]
     background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
     background = background[:, None, :, None, None]
     return background + cover * (color - background), cover

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Text to video of any length with CausVid, quantized. Every flag of run_causvid_quantized.py has a variable here:
 #   PROMPT="A beautiful sunset over the ocean" NUM_ROLLOUT=6 ./example/quantization/causvid_quantized.sh
-# NPROC (default: the GPUs there are) processes share each video; see launch.py, also for several nodes.
+# NPROC (default: the GPUs there are) processes share each video, or with DATA_PARALLEL make several at a time; see
+# launch.py, also for several nodes.
 # WEBRTC_TOKEN, the secret of the page, has none: flags can be seen by others.
 # An empty variable counts as not set, but for PROMPT. Further arguments are passed on as they are.
 set -euo pipefail
@@ -21,6 +22,8 @@ exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantizatio
     ${VAE:+--vae "$VAE"} ${TINY_VAE_PATH:+--tiny_vae_path "$TINY_VAE_PATH"} \
     ${HEIGHT:+--height "$HEIGHT"} ${WIDTH:+--width "$WIDTH"} \
     ${PROMPT+--prompt "$PROMPT"} \
+    ${PROMPT_FILE:+--prompt_file "$PROMPT_FILE"} ${EXTENDED_PROMPT_FILE:+--extended_prompt_file "$EXTENDED_PROMPT_FILE"} \
+    ${OVERWRITE:+--overwrite "$OVERWRITE"} \
     ${STORYBOARD:+--storyboard "$STORYBOARD"} \
     ${DIFF_PROMPT:+--diff_prompt "$DIFF_PROMPT"} \
     ${DIFF_PROMPT_FILE:+--diff_prompt_file "$DIFF_PROMPT_FILE"} \
@@ -37,6 +40,7 @@ exec "$PYTHON" "$ROOT/example/quantization/launch.py" "$ROOT/example/quantizatio
     ${ENABLE_KV_OFFLOAD:+--enable_kv_offload "$ENABLE_KV_OFFLOAD"} \
     ${LOW_MEMORY:+--low_memory "$LOW_MEMORY"} \
     ${QUANTIZE_TEXT_ENCODER:+--quantize_text_encoder "$QUANTIZE_TEXT_ENCODER"} \
+    ${DATA_PARALLEL:+--data_parallel "$DATA_PARALLEL"} \
     ${ULYSSES_SIZE:+--ulysses_size "$ULYSSES_SIZE"} ${RING_SIZE:+--ring_size "$RING_SIZE"} \
     ${ENABLE_WEBRTC:+--enable_webrtc "$ENABLE_WEBRTC"} \
     ${WEBRTC_HOST:+--webrtc_host "$WEBRTC_HOST"} ${WEBRTC_PORT:+--webrtc_port "$WEBRTC_PORT"} \

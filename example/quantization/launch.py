@@ -2,8 +2,8 @@
 
     python launch.py RUNNER.py [FLAGS...]
 
-NPROC says how often (default: ULYSSES_SIZE x RING_SIZE where one of them is set, else the GPUs there are). For several
-nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each, and there start the same command.
+NPROC says how often (default: DATA_PARALLEL x ULYSSES_SIZE x RING_SIZE where one of them is set, else the GPUs there are). For
+several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each, and there start the same command.
 
 A runner imports this module first. Where Python was started with that runner, the import checks its flags and paths and
 exits if they are wrong, because what the runner imports next, PyTorch among it, takes seconds.
@@ -44,11 +44,14 @@ def check_packages() -> None:
         refuse(f"{sys.executable} lacks what generation needs: {instead}")
 
 
-def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
-    """Exit where flags of ``runner`` or paths in them are wrong or do not fit ``world_size`` (0: not known), or for --help."""
+def check_flags(runner: str, flags: list, world_size: int = 0) -> bool:
+    """Exit where flags of ``runner`` or paths in them are wrong or do not fit ``world_size`` (0: not known), or for --help.
+
+    Return whether the run is a batch, in which the first Ctrl-C lets the processes finish their videos.
+    """
     if os.path.basename(runner) not in MODELS:
-        return
-    from inferix.cli.preflight import check_processes, parse_arguments
+        return False
+    from inferix.cli.preflight import check_processes, parse_arguments, read_ahead
     from inferix.errors import InputError
 
     try:
@@ -61,18 +64,44 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> None:
     folders = dax.submodule_search_locations if dax else None
     if not any(os.path.isdir(os.path.join(folder, "quant", "quantization")) for folder in folders or ()):
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
+    if "RANK" not in os.environ:  # once on a machine
+        read_ahead(args)
+    return args.entries is not None
 
 
 def num_processes() -> int:
     """Return how many processes to start on this machine."""
-    if os.environ.get("NPROC") or os.environ.get("ULYSSES_SIZE") or os.environ.get("RING_SIZE"):
-        sizes = number("ULYSSES_SIZE", 1) * number("RING_SIZE", 1)
-        return number("NPROC", max(1, sizes // number("NNODES", 1)))
+    if os.environ.get("NPROC"):
+        return number("NPROC", 1)
+    groups = (os.environ.get("DATA_PARALLEL") or "1").lower()
+    if groups != "all" and (groups != "1" or os.environ.get("ULYSSES_SIZE") or os.environ.get("RING_SIZE")):
+        sizes = number("DATA_PARALLEL", 1) * number("ULYSSES_SIZE", 1) * number("RING_SIZE", 1)
+        return max(1, sizes // number("NNODES", 1))
     if len(glob.glob("/dev/nvidia[0-9]*")) < 2 and not os.path.exists("/dev/dxg"):  # dxg: all GPUs under WSL
         return 1
     import torch
 
     return max(1, torch.cuda.device_count())  # honours CUDA_VISIBLE_DEVICES
+
+
+def forward_interrupts() -> None:
+    """Pass Ctrl-C on to the processes that torchrun has started, which have sessions of their own, and wait for their end.
+
+    By itself torchrun passes it on too, but kills them after 30 seconds.
+    """
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    children = f"/proc/self/task/{os.getpid()}/children"
+
+    def forward(*_: object) -> None:
+        with open(children) as file:
+            pids = file.read().split()
+        for pid in pids:
+            os.kill(int(pid), signal.SIGINT)
+        if not pids:
+            os._exit(130)
+
+    if os.path.exists(children):
+        signal.signal(signal.SIGINT, forward)
 
 
 def torchrun(nproc: int, command: list) -> int:
@@ -110,8 +139,10 @@ def main() -> int:
     check_flags(runner, flags)
     if "RANK" not in os.environ:
         nproc, nodes = num_processes(), number("NNODES", 1)  # may have to import PyTorch
-        check_flags(runner, flags, nproc * nodes)
+        is_batch = check_flags(runner, flags, nproc * nodes)
         if nproc * nodes > 1:
+            if is_batch:
+                forward_interrupts()
             return torchrun(nproc, [runner, *flags])
     sys.argv = [runner, *flags]
     sys.modules["launch"] = sys.modules["__main__"]  # checked already
@@ -122,4 +153,8 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 check_packages()
-check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+if check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1))) and "RANK" in os.environ:
+    from inferix.cli.main import handle_signals, interrupt
+
+    interrupt.graceful = True  # another process may be in the middle of a video while this one still loads
+    handle_signals()

@@ -90,7 +90,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         return
     if not args.no_quantize and (pipeline.pipeline.low_memory or args.quantize_text_encoder):
         quantize_text_encoder(pipeline.pipeline.text_encoder, args.quant_type or "int8")
-    if args.save_quantized:
+    if args.save_quantized and pipeline.parallel.data_parallel_rank == 0:
         save_transformer(transformer, args.save_quantized, describe_model(args))
 
 
@@ -204,7 +204,7 @@ def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
 
 
 def describe_model(args: Namespace) -> dict[str, str]:
-    """Return which model a saved transformer is of: model family, checkpoint and its SHA-256, and settings."""
+    """Return which model a saved transformer is of: model family, checkpoint and its SHA-256, LoRAs, and settings."""
     paths, _ = resolve_model_paths(args)
     digest = hashlib.sha256()
     for path in find_weights(paths.checkpoint):
@@ -215,6 +215,7 @@ def describe_model(args: Namespace) -> dict[str, str]:
         "model": args.model,
         "checkpoint": paths.checkpoint.name,
         "checkpoint_sha256": digest.hexdigest(),
+        "loras": ";".join(f"{path.name}:{strength}" for path, strength in args.lora_path or ()),
         "quantization": quantization_name(args),
     }
 
@@ -251,8 +252,12 @@ def load_transformer(pipeline: Pipeline, checkpoint: Path, args: Namespace) -> N
             pipeline.load_lora(path, strength)
         return
     with input_errors(args.load_quantized):
-        model = read_metadata(args.load_quantized).get("model", args.model)  # folders of earlier versions say nothing
+        metadata = read_metadata(args.load_quantized)
+        model = metadata.get("model", args.model)  # folders of earlier versions say nothing
         if model != args.model:
             raise ValueError(f"it was made of {model}, not of {args.model}: load it with {model}_quantized.sh")
         transformer = load_quantized(pipeline.transformer, args.load_quantized)
+    if metadata and pipeline.is_main_process:
+        parts = ("checkpoint", "loras", "quantization")
+        print(f"saved weights      {', '.join(text for part in parts if (text := metadata.get(part)))}")
     check_devices([getattr(module, "qconfig", None) for module in transformer.modules()], pipeline.device)

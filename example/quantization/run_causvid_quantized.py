@@ -38,7 +38,7 @@ def main(argv=None):
                 num_rollout=job.num_rollout,
                 num_overlap_frames=args.num_overlap_frames,
                 num_frames=pipeline.config.image_or_video_shape[1],
-                generator=pipeline.seeded(args.seed),
+                generator=job.generator,
             )
             with job.writer() as writer:
                 for frames in stream:

@@ -37,10 +37,11 @@ from inferix.cli.model_paths import display_path, find_model_paths
 from inferix.cli.prompts import example_prompts
 from inferix.cli.report import common_prefixes, float_linear_names, format_bytes
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.pipeline import Pipeline
 from inferix.runtime.memory import num_bytes
-from inferix.video import VideoWriter, safe_file_name
+from inferix.video import VideoWriter
 
 MODELS = {
     "self_forcing": SelfForcingPipeline,
@@ -223,7 +224,7 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     write(folder, "sensitivity", comparison, alone, alone[:PLOTTED_GROUPS])
 
     ranked = [[name for name in linears if group_of(name) == figures.setting] for figures in alone]
-    figures, suggestion = fewest_kept(comparison, kind, wanted, ranked)
+    figures, suggestion = search_min_kept(comparison, kind, wanted, ranked)
     size = f"{format_bytes(figures.weight_bytes)} of weights instead of {format_bytes(full_size)}"
     lines = [f"# {kind}: PSNR {figures.psnr:.1f} dB, {size}"]
     lines += [f"{name or EVERYTHING}: {value or 'null'}" for name, value in suggestion.qconfig_dict.items()]
@@ -235,7 +236,9 @@ def sensitivity(comparison: Comparison, kind: str, wanted: float, folder: Path) 
     )
 
 
-def fewest_kept(comparison: Comparison, kind: str, wanted: float, ranked: list[list[str]]) -> tuple[Figures, Setting]:
+def search_min_kept(
+    comparison: Comparison, kind: str, wanted: float, ranked: list[list[str]]
+) -> tuple[Figures, Setting]:
     """Return the fewest groups of Linears, from the front of ``ranked``, to keep for the PSNR wanted: found by bisection.
 
     Raises InputError where it takes all of them.

@@ -33,9 +33,8 @@ def main(argv=None):
         pipeline = build(args)
         quantize(pipeline, args)
         for job in jobs(args, pipeline, session):
-            generator = pipeline.seeded(args.seed)
             with job.writer() as writer:
-                for frames in pipeline.stream(job.prompts, job.num_output_frames, generator, image=job.image):
+                for frames in pipeline.stream(job.prompts, job.num_output_frames, job.generator, job.image):
                     writer.write(frames)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from inferix.cli.presets import PRESETS, apply_preset, either_spelling, preset_table
+from inferix.cli.prompt_file import DEFAULT_FRAMES
 from inferix.cli.prompts import split_prompts
 from inferix.errors import InputError
 
@@ -18,6 +19,16 @@ CONTRADICTIONS = {
     "diff_prompt_file": ("prompt", "is_interactive"),
     "storyboard": ("prompt", "diff_prompt", "diff_prompt_file", "is_interactive"),
     "endless": ("num_output_frames",),
+    "prompt_file": (
+        "prompt",
+        "storyboard",
+        "diff_prompt",
+        "diff_prompt_file",
+        "is_interactive",
+        "endless",
+        "enable_webrtc",
+    ),
+    "data_parallel": ("storyboard", "diff_prompt", "diff_prompt_file", "is_interactive", "endless", "enable_webrtc"),
 }
 """Flags that exclude each other."""
 
@@ -61,13 +72,28 @@ class RunnerParser(Parser):
 
     def __init__(self, model: str, description: str, offload: bool = False):
         super().__init__(description)
-        self.set_defaults(model=model)
+        self.set_defaults(model=model, entries=None)
         add = self.add_argument
         add(
             "--preset", type=preset, metavar="NAME", help="a published model, which sets the paths; list: print a table"
         )
         add(
             "--storyboard", type=existing_path, metavar="FILE", help="YAML file of prompts that change within one video"
+        )
+        add(
+            "--prompt_file",
+            type=existing_path,
+            metavar="FILE",
+            help="videos to make: text, one prompt a line, or JSON Lines or CSV; those that are complete are not made again",
+        )
+        add(
+            "--extended_prompt_file",
+            type=existing_path,
+            metavar="FILE",
+            help="what the model is given for each line of it",
+        )
+        self.add_switch(
+            "--overwrite", help="make all videos of --prompt_file again, in place of those that are complete"
         )
         add(
             "--lora_path",
@@ -99,6 +125,12 @@ class RunnerParser(Parser):
             help="fp8: keys and values in 8 bits, half the cache; a Hopper GPU with nvidia-cudnn-frontend attends in 8 bits",
         )
         self.add_switch("--no_quantize", help="run in full precision, for comparison")
+        add(
+            "--data_parallel",
+            type=group_count,
+            metavar="N|all",
+            help="groups of processes that each make videos of their own (default: 1; all: as many as fit)",
+        )
         add("--ulysses_size", type=positive, help="processes that share the attention heads (default: as many as fit)")
         add("--ring_size", type=positive, help="processes that share the keys and values (default: the rest)")
         self.add_switch("--enable_kv_offload", default=offload, help="keep the key-value cache in host memory")
@@ -121,7 +153,13 @@ class RunnerParser(Parser):
         for flag, others in CONTRADICTIONS.items():
             both = [other for other in others if getattr(args, other, None)]
             if getattr(args, flag, None) and both:
-                raise InputError(f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out")
+                hint = "; a LoRA is merged before --save_quantized saves" if both[0] == "lora_path" else ""
+                raise InputError(
+                    f"--{flag} and --{both[0]} ({flag.upper()} and {both[0].upper()}): leave one out{hint}"
+                )
+        if not args.prompt_file and (args.extended_prompt_file or args.overwrite):
+            flag = "extended_prompt_file" if args.extended_prompt_file else "overwrite"
+            raise InputError(f"--{flag} ({flag.upper()}) goes with --prompt_file (PROMPT_FILE)")
         if args.tiny_vae_path and args.vae != "tiny":
             raise InputError("--tiny_vae_path needs --vae tiny (VAE=tiny)")
         if args.preset:
@@ -147,14 +185,17 @@ def parse_self_forcing(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_switch("--save_with_index", help="name files after the prompt's number instead of its words")
     parser.add_switch("--i2v", help="image to video: start from --image_path")
     add("--image_path", type=existing_path, help="the first frame, for --i2v")
-    parser.add_switch("--enable_profiling", help="say how long text encoding, each block and its decoding took")
+    parser.add_switch(
+        "--enable_profiling", help="say how long start-up, text encoding, each block and its decoding took"
+    )
     args = parser.parse_args(argv)
     if args.i2v != (args.image_path is not None):
         raise InputError("--i2v and --image_path (I2V=1 IMAGE_PATH=...) go together: one of them is missing")
     if args.endless and len(args.prompts or []) > 1:
         raise InputError("--endless shows one prompt without end: give one, or a --storyboard with prompts over time")
-    if args.num_output_frames is None and not args.endless:
-        args.num_output_frames = 19 if args.i2v else 21
+    args.default_frames = args.num_output_frames is None
+    if args.default_frames and not args.endless:
+        args.num_output_frames = DEFAULT_FRAMES[args.i2v]
     return args
 
 
@@ -232,6 +273,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"it must be a number from 1, not '{text}'")
     return int(text)
+
+
+def group_count(text: str) -> int | str | None:
+    """A number of groups from 2, ``all``, or None for a single one."""
+    if text.lower() == "all":
+        return "all"
+    return None if positive(text) == 1 else int(text)
 
 
 def port(text: str) -> int:

@@ -1,14 +1,15 @@
 """Where a run takes place: how processes share it, and how much of a GPU's memory it may take."""
 
-import math
 import os
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from inferix.checkpoints.containers import infer_sizes, load_checkpoint
 from inferix.cli.model_paths import ModelPaths, find_config, find_tiny_vae
+from inferix.cli.preflight import parallel_sizes
 from inferix.cli.presets import parameter_counts
 from inferix.config import ParallelConfig, PipelineConfig
 from inferix.distributed.context_parallel import check_sizes
@@ -37,7 +38,7 @@ def pipeline_options(args: Namespace, paths: ModelPaths) -> dict:
     Raises InputError where the processes cannot share the video, or it does not fit into memory.
     """
     model, config = transformer_config(paths), find_config(args, paths)
-    parallel = parallel_config(args.ulysses_size, args.ring_size, model.num_heads)
+    parallel = parallel_config(args.ulysses_size, args.ring_size, model.num_heads, args.data_parallel)
     check_sizes(parallel, model.num_heads, config.image_or_video_shape[-2] * config.image_or_video_shape[-1] // 4)
     check_memory(args, model, config, parallel)
     return {
@@ -52,19 +53,19 @@ def pipeline_options(args: Namespace, paths: ModelPaths) -> dict:
     }
 
 
-def parallel_config(ulysses_size: int | None, ring_size: int | None, num_heads: int) -> ParallelConfig:
+def parallel_config(
+    ulysses_size: int | None, ring_size: int | None, num_heads: int, data_parallel: int | str | None = None
+) -> ParallelConfig:
     """Return how this process takes part in a ``torchrun`` job, from the variables that torchrun sets.
 
-    A size that is None is chosen: Ulysses over as many ranks as the attention heads allow, ring over the rest.
+    Sizes that are None are chosen as ``parallel_sizes`` says. The ranks of a group follow each other.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    if ulysses_size is None:
-        ulysses_size = math.gcd(world_size, num_heads) if ring_size is None else max(1, world_size // max(1, ring_size))
-    if ring_size is None:
-        ring_size = max(1, world_size // max(1, ulysses_size))
-    return ParallelConfig(ulysses_size, ring_size, local_rank, rank, world_size)
+    sizes = parallel_sizes(data_parallel, ulysses_size, ring_size, world_size, num_heads)
+    group, rank = divmod(rank, sizes.world_size)
+    return replace(sizes, local_rank=local_rank, rank=rank, data_parallel_rank=group)
 
 
 def clip_memory(
@@ -100,12 +101,14 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
     parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
     if pipeline.is_main_process:
         encoder: Any = pipeline.text_encoder.model
-        vae: Any = pipeline.vae.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
+    if pipeline.vae is not None:
+        vae: Any = pipeline.vae.model
         parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
         tiny = isinstance(pipeline.vae.model, TAEHV)
         base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
-        parts["VAE's activations"] = vae_memory(config, batch, base_dim, item, low_memory)
+        activations = vae_memory(config, batch, base_dim, item, low_memory)
+        parts["VAE's activations"] = activations // (ranks if pipeline.vae.can_share else 1)
     return parts
 
 
@@ -133,7 +136,7 @@ def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConf
     cuda = torch.cuda.is_available()
     low = args.low_memory or (cuda and args.low_memory is None)
     weights, _, others = parameter_counts(model)
-    item, batch = 2 if cuda else 4, getattr(args, "num_samples", 1)
+    item, batch = 2 if cuda else 4, args.num_samples if args.enable_webrtc and args.model == "self_forcing" else 1
     needed = weights * (item if args.no_quantize else 1) + others * item
     cache_item = 1 if low or args.kv_cache_dtype == "fp8" else item
     offloaded = cuda and (low or args.enable_kv_offload)
@@ -147,12 +150,27 @@ def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConf
         )
 
 
+def fitting_batch(args: Namespace, pipeline: Pipeline, num_samples: int) -> int:
+    """Return how many of ``num_samples`` videos of a prompt fit into the free memory at once, at least 1.
+
+    The weights are in place; what a clip takes is ``gpu_memory``'s estimate.
+    """
+    if num_samples == 1:
+        return 1
+    clip = gpu_memory(pipeline.pipeline, pipeline.pipeline.low_memory, batch=1)
+    needed = sum(clip[part] for part in ("key-value cache", "activations", "VAE's activations"))
+    free = available_memory()
+    if pipeline.device.type == "cuda":  # and what PyTorch's allocator holds without using it
+        free += torch.cuda.memory_reserved(pipeline.device) - torch.cuda.memory_allocated(pipeline.device)
+    return max(1, min(num_samples, free // needed))
+
+
 def low_memory(args: Namespace, pipeline: Pipeline) -> bool:
     """Return ``--low_memory``; where it is not given, whether the run needs more GPU memory than is free, and say so."""
     if args.low_memory is not None or pipeline.device.type != "cuda":
         return bool(args.low_memory)
     free, _ = torch.cuda.mem_get_info(pipeline.device)
-    batch = getattr(args, "num_samples", 1)
+    batch = args.num_samples if args.enable_webrtc and args.model == "self_forcing" else 1  # else as many as fit
     needed, small = (sum(gpu_memory(pipeline.pipeline, low, batch).values()) for low in (False, True))
     parallel, scarce = pipeline.pipeline.context_parallel, needed > free
     if not (parallel.any_rank(scarce) if parallel else scarce):  # all ranks do the same

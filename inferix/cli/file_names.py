@@ -2,10 +2,12 @@
 
 import hashlib
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from inferix.cli.model_paths import DEMO, REAL
-from inferix.video import safe_file_name
+from inferix.cli.prompt_file import PromptEntry, entry_args
+from inferix.file_name import safe_file_name
 
 MAX_BYTES = 80
 """Of the part of a name that comes from the prompt."""
@@ -25,6 +27,29 @@ def prompt_stems(prompts: list[str], with_index: bool) -> list[str]:
         return [str(index) for index in range(len(prompts))]
     stems = [prompt_stem(prompt) for prompt in prompts]
     return [f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems)]
+
+
+def video_names(args: Namespace, stem: str, samples: Iterable[int] | None = None) -> list[str]:
+    """Return the names, without suffix, of the videos of a prompt: by seed, sample and settings."""
+    if args.model == "causvid":
+        return [f"{stem}-{args.seed}{settings_suffix(args)}"]
+    samples = range(args.num_samples) if samples is None else samples
+    return [f"{stem}-{args.seed}-{sample}{settings_suffix(args)}" for sample in samples]
+
+
+def entry_names(args: Namespace, entries: list[PromptEntry]) -> list[list[str]]:
+    """Return the names, without suffix, of the videos of each entry, by sample: its id, else as ``video_names``."""
+    prompts, num_samples = [entry.prompt for entry in entries], getattr(args, "num_samples", 1)
+    with_index = getattr(args, "save_with_index", False)
+    # prompts of the command line may come out as one name, for which they are numbered
+    stems = map(prompt_stem, prompts) if args.prompt_file and not with_index else prompt_stems(prompts, with_index)
+    names = []
+    for entry, stem in zip(entries, stems):
+        if entry.id is None:
+            names.append(video_names(entry_args(args, entry), stem))
+        else:
+            names.append([entry.id] if num_samples == 1 else [f"{entry.id}-{sample}" for sample in range(num_samples)])
+    return names
 
 
 def settings_suffix(args: Namespace) -> str:

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from inferix.errors import InputError
+from inferix.errors import FailedVideosError, InputError
+from inferix.runtime.startup import STARTUP
 
 GRACE_SECONDS = 5
 """Time for an orderly end when a job has failed."""
@@ -19,11 +20,14 @@ received: list[int] = []
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call ``main(argv)`` and return the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+    """Call ``main(argv)`` and return the exit code.
+
+    0: done; 1: some videos of a batch failed; 2: bad input; 130: interrupted. All but the first with one line on stderr.
 
     With ``argv=None`` this is a process of its own: SIGINT, SIGTERM and SIGHUP end it in order, incomplete files removed.
     """
     if argv is None:
+        STARTUP.mark("Python and imports")
         handle_signals()
         if "RANK" in os.environ:
             watch_sigterm()
@@ -33,6 +37,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except Exception as error:
         if received:  # the code that the signal interrupted has made another exception of it
             return end_after_signal(received[0])
+        if isinstance(error, FailedVideosError):
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         if isinstance(error, InputError):
             if rank() > 0:  # rank 0 mostly finds the same; then the job ends before this rank prints it again
                 time.sleep(GRACE_SECONDS)
@@ -52,9 +59,26 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         return 130
 
 
+class Interrupt:
+    """What SIGINT does: it raises KeyboardInterrupt; while ``graceful`` is set the first one is only noted."""
+
+    graceful = False
+    requested = False
+
+    def handle(self, number: int, frame: object) -> None:
+        if not self.graceful or self.requested:
+            raise_for_signal(number, frame)
+        self.requested = True
+        if rank() == 0:
+            print("\nfinishing the videos that were begun; Ctrl-C again stops now", file=sys.stderr)
+
+
+interrupt = Interrupt()
+
+
 def handle_signals() -> None:
-    """Let SIGINT raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that context managers clean up."""
-    signal.signal(signal.SIGINT, raise_for_signal)
+    """Let SIGINT do what ``interrupt`` says, and SIGTERM and SIGHUP raise SystemExit, so that context managers clean up."""
+    signal.signal(signal.SIGINT, interrupt.handle)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, raise_for_signal)

@@ -1,10 +1,19 @@
 """What can be found wrong with a command line before PyTorch is imported, which takes seconds."""
 
+import math
+import os
+import threading
 from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
 
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
+from inferix.cli.file_names import entry_names
 from inferix.cli.model_paths import find_config, find_tiny_vae, resolve_model_paths
-from inferix.cli.prompts import read_prompts, storyboard_of
+from inferix.cli.prompt_file import COLUMNS, PromptEntry, entry_args, read_prompt_file, with_defaults
+from inferix.cli.prompts import example_prompt, read_prompts, storyboard_of
 from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
 
@@ -27,13 +36,90 @@ def check(args: Namespace) -> None:
         check_rollouts(args, config)
     if args.storyboard:
         storyboard_of(args, config)
+    args.entries = prompt_entries(args, config)
+
+
+def prompt_entries(args: Namespace, config: PipelineConfig) -> list[PromptEntry] | None:
+    """Return the videos of a batch: those of ``--prompt_file``, or with ``--data_parallel`` of ``--prompt``; else None.
+
+    Raises InputError where the file is malformed, an entry cannot be made, or two have one file name.
+    """
+    if args.prompt_file:
+        entries = read_prompt_file(args.prompt_file, COLUMNS[args.model], args.extended_prompt_file)
+    elif args.data_parallel:
+        entries = [PromptEntry(prompt) for prompt in args.prompts or [example_prompt(config)]]
+    else:
+        return None
+    entries, first = with_defaults(args, entries), dict[str, int]()
+    for entry, names in zip(entries, entry_names(args, entries)):
+        if args.model == "self_forcing":
+            try:
+                check_frames(entry_args(args, entry), config)
+            except InputError as error:
+                raise InputError(
+                    f"{args.prompt_file}, line {entry.line}: {error}" if entry.line else str(error)
+                ) from None
+        for name in names:
+            if first.setdefault(name, entry.line) != entry.line:
+                raise InputError(
+                    f"{args.prompt_file}, line {entry.line}: its file name is that of line {first[name]}, {name}.mp4: "
+                    "give the prompts ids (JSON Lines or CSV), or leave one out"
+                )
+    return entries
+
+
+def read_ahead(args: Namespace) -> None:
+    """Begin to read the weights that the flags name into the page cache, while the program imports its libraries."""
+    paths, _ = resolve_model_paths(args)
+    base = chain(
+        paths.base.glob("*.pth"), *(paths.base.glob(f"{part}/*.safetensors") for part in ("text_encoder", "vae"))
+    )
+    checkpoint = paths.checkpoint.glob("*") if paths.checkpoint.is_dir() else [paths.checkpoint]
+    if hasattr(os, "posix_fadvise"):
+        # a thread, because the system may make the caller wait; nobody waits for it
+        threading.Thread(target=_read_files, args=([*checkpoint, *base],), name="read_ahead", daemon=True).start()
+
+
+def _read_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:  # a file that cannot be read is reported where it is needed
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def check_processes(args: Namespace, world_size: int) -> None:
-    """Raises InputError where ``--ulysses_size`` and ``--ring_size`` do not make up the number of processes."""
-    if args.ulysses_size or args.ring_size:
-        ulysses_size = args.ulysses_size or max(1, world_size // args.ring_size)
-        ParallelConfig(ulysses_size, args.ring_size or max(1, world_size // ulysses_size), world_size=world_size)
+    """Raises InputError where the sizes given do not make up the number of processes."""
+    parallel_sizes(args.data_parallel, args.ulysses_size, args.ring_size, world_size)
+
+
+def parallel_sizes(
+    data_parallel: int | str | None,
+    ulysses_size: int | None,
+    ring_size: int | None,
+    world_size: int,
+    num_heads: int = 0,
+) -> ParallelConfig:
+    """Return the sizes of a job of ``world_size`` processes.
+
+    A size that is None is chosen: Ulysses over as many processes of a group as the ``num_heads`` attention heads allow (0: all),
+    ring over the rest. ``all``: as many groups as there are processes for.
+
+    Raises InputError where the sizes do not make up the number of processes.
+    """
+    groups = data_parallel or 1
+    if isinstance(groups, str):
+        groups = max(1, world_size // ((ulysses_size or 1) * (ring_size or 1)))
+        ulysses_size, ring_size = ulysses_size or 1, ring_size or 1
+    group_size = max(1, world_size // groups)
+    if ulysses_size is None:
+        ulysses_size = math.gcd(group_size, num_heads) if ring_size is None else max(1, group_size // max(1, ring_size))
+    if ring_size is None:
+        ring_size = max(1, group_size // max(1, ulysses_size))
+    if world_size != groups * ulysses_size * ring_size and groups > 1:
+        raise InputError(
+            f"data_parallel {groups} x ulysses_size {ulysses_size} x ring_size {ring_size} is not the number of processes "
+            f"({world_size}); start that many with NPROC, or change the sizes"
+        )
+    return ParallelConfig(ulysses_size, ring_size, world_size=group_size, data_parallel_size=groups)
 
 
 def check_frames(args: Namespace, config: PipelineConfig) -> None:

@@ -99,6 +99,8 @@ def prompt_note(pipeline: "Pipeline", prompt: str) -> str | None:
     if template is None:
         unknown = pipeline.pipeline.text_encoder.unknown_words(prompt)
         return f"the tokenizer does not know: {', '.join(unknown)}" if unknown else None
+    if pipeline.loras:
+        return None  # what it was taught is in no template
     parts = re.split(r"\{([^}]*)\}", template)  # text, choices, text, choices, …
     pattern = "".join(f"({part})" if number % 2 else re.escape(part) for number, part in enumerate(parts))
     if re.fullmatch(pattern, prompt.strip().rstrip("."), re.IGNORECASE):

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from inferix.runtime.memory import num_bytes
+from inferix.runtime.startup import STARTUP
 
 if TYPE_CHECKING:
-    from inferix.cli.jobs import Job
+    from inferix.cli.planner import Job
     from inferix.pipelines.pipeline import Pipeline
 
 
@@ -107,7 +108,14 @@ class Report:
 
 
 def print_stages(stage_seconds: dict[str, list[float]]) -> None:
-    """Print a line for every stage that ``Pipeline.stage_seconds`` recorded: seconds in all, calls, and each call's."""
+    """Print where the seconds went, where ``Pipeline.stage_seconds`` recorded that.
+
+    A line from the command to the first frames, by stage; then one for every stage of the whole run: seconds in all, calls,
+    and each call's.
+    """
+    if stage_seconds and STARTUP.finished:
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in STARTUP.seconds.items())
+        print(f"start-up           {sum(STARTUP.seconds.values()):.2f} s to the first frames: {stages}")
     for stage, seconds in stage_seconds.items():
         each = " ".join(f"{second:.3f}" for second in seconds)
         print(f"{stage:<18} {sum(seconds):.3f} s in {len(seconds)}: {each}")

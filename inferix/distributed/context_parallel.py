@@ -11,15 +11,17 @@ Self-attention needs more than a rank's own tokens and gets them in two ways:
 The cache is sharded both ways: a rank keeps its heads of its ring part's tokens. Rank r * ulysses_size + u is number r of
 its ring and number u of its Ulysses group.
 
-Rank 0 is the main process: it has the text encoder and the VAE and tells the others what to denoise.
+Rank 0 of the group is the main process: it has the text encoder and the VAE's encoder and tells the others what to denoise and
+decode.
 """
 
 import atexit
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -56,17 +58,44 @@ def check_sizes(config: ParallelConfig, num_heads: int, tokens_per_frame: int) -
         )
 
 
+def init_process_group(backend: str) -> None:
+    """Initialize the default process group, by the variables that torchrun sets.
+
+    torchrun's store outlives a restart (``--max-restarts``), and with it the addresses of processes that are no more: every
+    attempt has keys of its own.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+class ProcessGroups(NamedTuple):
+    """The process groups that a rank is in."""
+
+    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup
+    clip: Any
+    """All ranks that share a clip."""
+    control: dist.ProcessGroup
+    """The same ranks, for messages from the main process."""
+
+
 @cache
-def process_groups(ulysses_size: int, ring_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
-    """Return this rank's Ulysses, ring and control group, the same ones at every call: a group takes memory on the GPU."""
-    ranks = torch.arange(ring_size * ulysses_size).view(ring_size, ulysses_size)
-    ulysses_group = dist.new_subgroups_by_enumeration(ranks.tolist())[0]
-    ring_group = dist.new_subgroups_by_enumeration(ranks.T.tolist())[0]
-    return ulysses_group, ring_group, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+def process_groups(ulysses_size: int, ring_size: int, data_parallel_size: int) -> ProcessGroups:
+    """Return this rank's process groups, the same ones at every call: a group takes memory on the GPU."""
+    ranks = torch.arange(data_parallel_size * ring_size * ulysses_size).view(
+        data_parallel_size, ring_size, ulysses_size
+    )
+    ulysses_group, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, 1).tolist())
+    ring_group, _ = dist.new_subgroups_by_enumeration(ranks.transpose(1, 2).flatten(0, 1).tolist())
+    clip_ranks = ranks.flatten(1).tolist()
+    clip_group = dist.group.WORLD if data_parallel_size == 1 else dist.new_subgroups_by_enumeration(clip_ranks)[0]
+    control_group, _ = dist.new_subgroups_by_enumeration(clip_ranks, timeout=CONTROL_TIMEOUT, backend="gloo")
+    return ProcessGroups(ulysses_group, ring_group, clip_group, control_group)
 
 
 class ContextParallel:
-    """This rank's part in a ``torchrun`` job that shares every clip.
+    """This rank's part in a group that shares every clip: all of a ``torchrun`` job, or with data parallelism one of several.
 
     All methods are collective: every rank calls the same ones in the same order.
     """
@@ -75,13 +104,13 @@ class ContextParallel:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(shutdown)
         self.rank, self.world_size = config.rank, config.world_size
         self.ulysses_size, self.ring_size = config.ulysses_size, config.ring_size
         self.ulysses_rank = config.rank % config.ulysses_size
-        self.ulysses_group, self.ring_group, self.control_group = process_groups(config.ulysses_size, config.ring_size)
-        self.group = dist.group.WORLD
+        groups = process_groups(config.ulysses_size, config.ring_size, config.data_parallel_size)
+        self.ulysses_group, self.ring_group, self.group, self.control_group = groups
         self.is_main_process = config.rank == 0
         self.closed = False
         self.in_block = False
@@ -96,7 +125,7 @@ class ContextParallel:
         if self.closed:
             return None
         messages = [message]
-        dist.broadcast_object_list(messages, src=0, group=self.control_group)
+        dist.broadcast_object_list(messages, group=self.control_group, group_src=0)
         self.closed = messages[0] is None
         return messages[0]
 
@@ -115,10 +144,10 @@ class ContextParallel:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Fill ``tensor`` with the main process's values and return it."""
         tensor = tensor.contiguous()
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    # --- inside the transformer: static shapes and no synchronization with the host, as CUDA graphs require ---
+    # --- inside the networks: static shapes and no synchronization with the host, as CUDA graphs require ---
 
     def shard(self, tokens: Tensor) -> Tensor:
         """Return this rank's tokens [B, F, s, D] of all tokens [B, F, S, D]."""
@@ -130,9 +159,19 @@ class ContextParallel:
 
     def all_gather(self, tokens: Tensor) -> Tensor:
         """Return all tokens [B, F, S, D] from every rank's ``shard`` [B, F, s, D]."""
-        gathered = tokens.new_empty(self.world_size, *tokens.shape)
-        _all_gather(gathered.flatten(0, 1), tokens.contiguous())
-        return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return self.all_gather_stacked(tokens).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def all_gather_stacked(self, tensor: Tensor) -> Tensor:
+        """Return every rank's ``tensor``, of one shape, as [N, ...]."""
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        _all_gather(gathered.flatten(0, 1), tensor.contiguous(), group=self.group)
+        return gathered
+
+    def gather_stacked(self, tensor: Tensor) -> Tensor | None:
+        """Return every rank's ``tensor``, of one shape, as [N, ...] in the main process; None on the other ranks."""
+        gathered = tensor.new_empty(self.world_size, *tensor.shape) if self.is_main_process else None
+        dist.gather(tensor.contiguous(), None if gathered is None else list(gathered), group=self.group, group_dst=0)
+        return gathered
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean over all ranks, in place."""

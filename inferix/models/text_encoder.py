@@ -101,8 +101,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.device = torch.device("cpu")
+        self.offloads: list[OnDemandOffload] = []
         self.version = 0
-        """Changes whenever the weights may have changed, so that nobody keeps embeddings of the old ones."""
+        """Increased whenever the weights may have changed: embeddings cached under another version are out of date."""
 
     @classmethod
     def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
@@ -123,11 +124,12 @@ class TextEncoder:
         """Run on ``device``; with ``on_demand`` weights stay in host memory and are copied block by block when used."""
         self.device = device
         self.version += 1
+        for offload in self.offloads:
+            offload.remove()
         self.model.to("cpu" if on_demand else device, dtype)
         if on_demand:
             self.model.encoder.final_layer_norm.to(device)
-            for block in self.model.encoder.block:
-                OnDemandOffload(block, device)
+        self.offloads = [OnDemandOffload(block, device) for block in self.model.encoder.block] if on_demand else []
         return self
 
     def blocks(self) -> Iterator[nn.Module]:

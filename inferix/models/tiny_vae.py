@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, load_strict
 from inferix.errors import InputError
+from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import VAE
-from inferix.models.vae_decoder import FeatCache, compiled_on_gpu, conv3d, frozen, rows
+from inferix.models.vae_decoder import compiled_on_gpu, conv3d, frozen, rows
 
 FRAMES_PER_LATENT = 4
 LATENT_CHANNELS = 16
@@ -271,7 +272,7 @@ class FusedHead(nn.Module):
         self.bias = frozen(conv.bias)
 
     def forward(self, groups: Tensor, skip: int) -> Tensor:
-        """[B, T, H+1, W+1, 2, 2, n, C] to pixels [B, n*T - skip, 3, 2*2*H, 2*2*W] in [0, 1], without the first ``skip``."""
+        """[B, T, H+1, W+1, 2, 2, n, C] to pixels [B, n*T - skip, 3, 2*H, 2*W] in [0, 1], without the first ``skip``."""
         batch, time, height, width, _, _, num, channels = groups.shape
         x = groups.new_empty(batch, num * time, height, width, 2, 2, channels)
         source = groups.view(batch * time, -1, num, channels).transpose(1, 2)

@@ -5,6 +5,8 @@ Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 
 
 import weakref
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +16,25 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_strict
+from inferix.distributed.context_parallel import ContextParallel
 from inferix.errors import InputError
-from inferix.models.vae_decoder import ClipDecoder, VAEDecoder
+from inferix.models.clip_decoder import ClipDecoder
+from inferix.models.vae_decoder import VAEDecoder
 
 FRAMES_AT_ONCE = 3
 """Latent frames that go through the decoder together; bounds its memory, however long the piece."""
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What the main process of a job sends to the other ranks before it decodes latents together with them."""
+
+    stream: int
+    """Number of the ``StreamingDecoder`` that is called."""
+    shape: tuple[int, ...]
+    """Of the latents."""
+    ended: tuple[int, ...]
+    """Streams that have ended since the last request."""
 
 
 def vae_config(state: StateDict) -> dict:
@@ -38,6 +54,9 @@ def vae_config(state: StateDict) -> dict:
 class VAE(ABC):
     """Encodes pixels, and decodes latents as a whole or as a stream: a ``WanVAE`` or a ``TinyVAE``."""
 
+    can_share = False
+    """Whether the decoder takes part of a frame's rows on each rank of a job."""
+
     def __init__(self, model: Any, decoder: Any, mean: Tensor, std: Tensor):
         """Keep the encoder of ``model`` and free its decoder, whose weights ``decoder`` has copied.
 
@@ -55,6 +74,26 @@ class VAE(ABC):
         """Decode fewer frames at a time, and without CUDA graphs, which keep the memory that they work in."""
         self.pool: list[ClipDecoder] = []
         """Decoders of streams that have ended, for the next stream: their memory and the graphs that belong to it."""
+        self.context_parallel: ContextParallel | None = None
+        self.numbers = count()
+        self.ended: list[int] = []
+        """In the main process: numbers of the shared streams that have ended since the last request."""
+        self.streams: dict[int, StreamingDecoder] = {}
+        """On the other ranks: this rank's part of the main process's streams."""
+
+    def share(self, context_parallel: ContextParallel) -> None:
+        """Decode together with all ranks of a job from now on. Ranks but the main process give up their encoder."""
+        self.context_parallel = context_parallel
+        if not context_parallel.is_main_process:
+            self.model.encoder = None
+
+    def take_part(self, request: DecodeRequest) -> None:
+        """Decode this rank's rows of what the main process decodes: what the others do with its requests."""
+        assert self.context_parallel is not None  # only then are there requests
+        for number in request.ended:
+            self.streams.pop(number, None)
+        stream = self.streams.setdefault(request.stream, StreamingDecoder(self))
+        stream.decode(self.context_parallel.broadcast(torch.empty(request.shape, device=self.device, dtype=self.dtype)))
 
     @property
     def device(self) -> torch.device:
@@ -90,17 +129,30 @@ class VAE(ABC):
         return StreamingDecoder(self)
 
     def acquire(self, shape: tuple[int, int, int]) -> ClipDecoder:
-        """Return a decoder for a new clip of (B, h, w), to be put back to ``pool``; those of another kind are dropped."""
-        self.pool[:] = [
-            decoder for decoder in self.pool if (decoder.shape, decoder.low_memory) == (shape, self.low_memory)
-        ]
-        decoder = self.pool.pop() if self.pool else ClipDecoder(self.decoder, shape, self.low_memory)
+        """Return a decoder for a new clip of (B, h, w), to be put back to ``pool``; those of another kind are dropped.
+
+        Ranks share its work unless a frame has fewer rows than there are ranks, or the job has been closed.
+        """
+        parallel = self.context_parallel
+        if parallel is not None and (parallel.closed or shape[1] < parallel.world_size):
+            parallel = None
+        kind = (shape, self.low_memory, parallel)
+        self.pool[:] = [d for d in self.pool if (d.shape, d.low_memory, d.context_parallel) == kind]
+        decoder = self.pool.pop() if self.pool else ClipDecoder(self.decoder, *kind)
         decoder.feat_cache.restart()
         return decoder
+
+    def release(self, decoder: ClipDecoder, number: int) -> None:
+        """Keep the decoder of the stream of this number, which has ended, for the next."""
+        self.pool.append(decoder)
+        if decoder.context_parallel is not None:
+            self.ended.append(number)
 
 
 class WanVAE(VAE):
     """The Wan 2.1 VAE."""
+
+    can_share = True
 
     def __init__(self, model: AutoencoderKLWan):
         """Keep the encoder of ``model`` and free its decoder, whose weights are copied to a ``VAEDecoder``."""
@@ -130,15 +182,38 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: VAE):
-        self.vae = vae
+        self.vae, self.number = vae, next(vae.numbers)
         self.decoder: ClipDecoder | None = None
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """Return pixels [B, t, 3, 8h, 8w] in [0, 1], float32, of latents [B, F, 16, h, w]."""
+        """Return pixels [B, t, 3, 8h, 8w] in [0, 1], float32, of latents [B, F, 16, h, w].
+
+        In a job the main process calls it, and the other ranks compute their part.
+        """
+        vae, shape = self.vae, tuple(latents.shape)
+        latents = (latents.to(vae.device).float() * vae.std + vae.mean).to(vae.dtype)
+        parallel = self.clip_decoder(latents).context_parallel
+        if parallel is None:
+            return self.decode(latents)
+        if parallel.closed:
+            raise RuntimeError("the other ranks of the job have ended in the middle of the clip")
+        ended, vae.ended = tuple(vae.ended), []
+        parallel.in_block = True
+        parallel.broadcast_object(DecodeRequest(self.number, shape, ended))
+        pixels = self.decode(parallel.broadcast(latents))
+        parallel.in_block = False
+        return pixels
+
+    def clip_decoder(self, latents: Tensor) -> ClipDecoder:
+        """Return the clip's decoder, which the first latents determine."""
         if self.decoder is None:
             self.decoder = self.vae.acquire((latents.shape[0], *latents.shape[-2:]))
-            weakref.finalize(self, self.vae.pool.append, self.decoder)
-        latents = (latents.to(self.vae.device).float() * self.vae.std + self.vae.mean).to(self.vae.dtype)
-        pieces = [self.decoder(piece) for piece in latents.split(1 if self.vae.low_memory else FRAMES_AT_ONCE, dim=1)]
+            weakref.finalize(self, self.vae.release, self.decoder, self.number)
+        return self.decoder
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels of latents that are not normalised; in a job on all ranks at once, whole in the main process."""
+        decoder = self.clip_decoder(latents)
+        pieces = [decoder(piece) for piece in latents.split(1 if self.vae.low_memory else FRAMES_AT_ONCE, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

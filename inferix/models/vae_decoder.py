@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from inferix.models.clip_decoder import FeatCache
+
 EPSILON = 1e-24
 """Keeps the norm of an all-zero row from dividing by zero; too small to change any other."""
 
@@ -81,9 +83,13 @@ def to_pixels(taps: Tensor, bias: Tensor) -> Tensor:
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 4, 2, 3).contiguous()
 
 
-def rows(x: Tensor) -> Tensor:
-    """[B, T, H, W, C] as [B, N, C]; a slice in time of a larger tensor stays a view of it."""
-    return x.flatten(1, 3)
+def rows(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """[B, T, H, W, C] as [B, N, C]; where ``like`` is a slice in height of several frames, as [B, T, N, C].
+
+    A slice in time, or ``like`` itself, stays a view of the larger tensor.
+    """
+    sliced = like is not None and like.shape[1] > 1 and like.stride(1) > like.shape[2] * like.stride(2)
+    return x.flatten(2 if sliced else 1, 3)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -91,40 +97,17 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
-class FeatCache:
-    """The last frames that each causal convolution read; zeros at the start of a clip."""
-
-    def __init__(self) -> None:
-        self.first = True
-        """Whether no frame of the clip has been decoded yet."""
-        self.last: dict[nn.Module, Tensor] = {}
-
-    def restart(self) -> None:
-        self.first = True
-        if self.last:
-            torch._foreach_zero_(list(self.last.values()))
-
-    def prepend(self, reader: nn.Module, x: Tensor, num: int = 2, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a buffer [B, num+T, H, W, C] that begins with the ``num`` frames before x.
-
-        ``shape`` is that of the frames to follow [B, T, H, W, C]; None: that of x.
-        """
-        batch, time, *rest = shape or x.shape
-        if reader not in self.last:
-            self.last[reader] = x.new_zeros(batch, num, *rest)
-        frames = x.new_empty(batch, num + time, *rest)
-        frames[:, :num] = self.last[reader]
-        return frames
-
-    def store(self, reader: nn.Module, frames: Tensor) -> None:
-        self.last[reader].copy_(frames[:, -self.last[reader].shape[1] :])
-
-
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
     """``F.conv3d``; for float32 on a CPU by oneDNN, where PyTorch left alone may take a path ten times slower."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride=(1, 1, 1), dilation=(1, 1, 1), groups=1)
     return F.conv3d(x, weight, bias, padding=padding)
+
+
+def conv2d(frames: Tensor, weight: Tensor, feat_cache: FeatCache) -> Tensor:
+    """Convolve every frame [B, T, H, W, C], with halos where ranks share it, to [B*T, H', W', C']."""
+    padding = (1 - feat_cache.halo, 1)
+    return F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), weight, padding=padding).permute(0, 2, 3, 1)
 
 
 class CausalConv3d(nn.Module):
@@ -136,10 +119,24 @@ class CausalConv3d(nn.Module):
         self.bias = frozen(source.bias) if bias else None
         self.padding = (0, source.kernel_size[1] // 2, source.kernel_size[2] // 2)
 
+    def buffer(self, x: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
+        """Return what ``forward`` takes for frames like x [B, T, H, W, C], and the view of it that they belong into.
+
+        It begins with the two frames before x, and has halos where ranks share the frames: [B, 2+T, H or H+2, W, C].
+        """
+        halo, (batch, time, height, *rest) = min(feat_cache.halo, self.padding[1]), x.shape
+        frames = feat_cache.prepend(self, x, shape=(batch, time, height + 2 * halo, *rest))
+        return frames, frames[:, 2:, halo : halo + height]
+
     def forward(self, frames: Tensor, feat_cache: FeatCache) -> Tensor:
-        """Convolve [B, 2+T, H, W, C], which ``feat_cache.prepend`` returned, to [B, T, H, W, C']."""
+        """Convolve what ``buffer`` returned, filled, to [B, T, H, W, C']."""
+        depth, height, width = self.padding
+        if height:
+            feat_cache.fill_halos(frames[:, 2:])
+            height -= feat_cache.halo
         feat_cache.store(self, frames)
-        return conv3d(frames.permute(0, 4, 1, 2, 3), self.weight, self.bias, self.padding).permute(0, 2, 3, 4, 1)
+        padding = (depth, height, width)
+        return conv3d(frames.permute(0, 4, 1, 2, 3), self.weight, self.bias, padding).permute(0, 2, 3, 4, 1)
 
 
 class Norm(nn.Module):
@@ -153,9 +150,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
         """Fill ``out`` and return the sum; all [B, T, H, W, C]."""
         if residual is None:
-            norm_silu(rows(x), self.bias, self.gamma, rows(out))
+            norm_silu(rows(x, out), self.bias, self.gamma, rows(out, out))
             return x
-        return add_norm_silu(rows(residual), rows(x), self.bias, self.gamma, rows(out)).view_as(x)
+        total = add_norm_silu(rows(residual, out), rows(x, out), self.bias, self.gamma, rows(out, out))
+        return total.view_as(x)
 
 
 class ResidualBlock(nn.Module):
@@ -178,14 +176,14 @@ class ResidualBlock(nn.Module):
             self.shortcut_bias = frozen(shortcut.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
-        frames = feat_cache.prepend(self.conv1, x)
-        residual = self.norm1(x, residual, frames[:, 2:])
+        frames, new = self.conv1.buffer(x, feat_cache)
+        residual = self.norm1(x, residual, new)
         if self.shortcut is not None:
             residual = F.linear(residual, self.shortcut, self.shortcut_bias)
         x = self.conv1(frames, feat_cache)
-        del frames  # so that its memory serves for the next
-        frames = feat_cache.prepend(self.conv2, x)
-        self.norm2(x, None, frames[:, 2:])
+        del frames, new  # so that their memory serves for the next
+        frames, new = self.conv2.buffer(x, feat_cache)
+        self.norm2(x, None, new)
         return self.conv2(frames, feat_cache), residual
 
 
@@ -202,10 +200,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(rows(residual), rows(x), self.bias).view_as(x)
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
-        qkv = F.linear(normed, self.qkv, self.qkv_bias).flatten(0, 1).flatten(1, 2)[:, None]  # [B*T, 1, H*W, 3*C]
-        query, key, value = qkv.chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return x + F.linear(attended, self.proj, self.proj_bias).view_as(x), None
+        channels = x.shape[-1]
+        query, key_value = F.linear(normed, self.qkv, self.qkv_bias).split([channels, 2 * channels], dim=-1)
+        if feat_cache.row_parallel is not None:
+            key_value = feat_cache.row_parallel.all_gather(key_value)
+        query, key_value = (tensor.flatten(0, 1).flatten(1, 2)[:, None] for tensor in (query, key_value))
+        attn_output = F.scaled_dot_product_attention(query, *key_value.chunk(2, dim=-1))  # [B*T, 1, H*W, C]
+        return x + F.linear(attn_output, self.proj, self.proj_bias).view_as(x), None
 
 
 class Upsample(nn.Module):
@@ -235,21 +236,26 @@ class Upsample(nn.Module):
                 x = self.double_frames(self.time_conv, x, feat_cache)
             elif x.shape[1] > 1:  # the clip's first frame stays one, and is not seen by those after it
                 x = torch.cat([x[:, :1], self.double_frames(self.time_conv, x[:, 1:], feat_cache)], dim=1)
-        return self.enlarge(x), None
+        return self.enlarge(x, feat_cache), None
 
     @staticmethod
     def double_frames(time_conv: CausalConv3d, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, T, H, W, C] to [B, 2*T, H, W, C]."""
-        frames = feat_cache.prepend(time_conv, x)
-        frames[:, 2:] = x
+        frames, new = time_conv.buffer(x, feat_cache)
+        new.copy_(x)
         pairs = time_conv(frames, feat_cache).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
         return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
-    def enlarge(self, x: Tensor) -> Tensor:
+    def enlarge(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, T, H, W, C] to [B, T, 2*H, 2*W, C']."""
         batch, time, height, width, _ = x.shape
         channels = len(self.conv_bias)
-        groups = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), self.weight, padding=1).permute(0, 2, 3, 1).contiguous()
+        frames = x
+        if feat_cache.row_parallel is not None:
+            frames, new = feat_cache.halo_buffer(x)
+            new.copy_(x)
+            feat_cache.fill_halos(frames)
+        groups = conv2d(frames, self.weight, feat_cache).contiguous()
         # [B*T, H+1, W+1, 2, 2, C']: pixel (a, b) of the 2x2 group (y, x) was computed at (y + a, x + b)
         frame, row, column = groups.stride()[:3]
         shape = (batch * time, height, 2, width, 2, channels)
@@ -276,10 +282,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> Tensor:
         """To pixels [B, T, 3, H, W] in [0, 1], float32."""
-        normed = torch.empty_like(x)
-        self.norm(x, residual, normed)
-        taps = F.conv2d(normed.flatten(0, 1).permute(0, 3, 1, 2), self.weight, padding=1).permute(0, 2, 3, 1)
-        taps = taps.unflatten(0, x.shape[:2])
+        normed, new = feat_cache.halo_buffer(x)
+        self.norm(x, residual, new)
+        feat_cache.fill_halos(normed)
+        taps = conv2d(normed, self.weight, feat_cache).unflatten(0, x.shape[:2])
         frames = feat_cache.prepend(self, taps)
         frames[:, 2:] = taps
         feat_cache.store(self, frames)
@@ -317,17 +323,22 @@ class VAEDecoder(nn.Module):
         """Latents [B, F, 16, h, w], not normalised, to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.
 
         The clip's first latent frame becomes one pixel frame, every other four; ``frame_by_frame`` these go through the
-        last layers, the ones that take the memory.
+        last layers, the ones that take the memory. Where ranks share the frames, each passes whole latents, and the main
+        process alone gets whole pixels.
         """
+        row_parallel = feat_cache.row_parallel
+        if row_parallel is not None:
+            latents = row_parallel.shard(latents, dim=3)
         x = F.linear(latents.permute(0, 1, 3, 4, 2).to(self.post_quant.dtype), self.post_quant, self.post_quant_bias)
-        frames = feat_cache.prepend(self.conv_in, x)
-        frames[:, 2:] = x
+        frames, new = self.conv_in.buffer(x, feat_cache)
+        new.copy_(x)
         x, residual = self.conv_in(frames, feat_cache), None
         for layer in self.layers[: self.last_upsample]:
             x, residual = layer(x, residual, feat_cache)
-        pixels = [self.finish(part, feat_cache) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
+        parts = [self.finish(part, feat_cache) for part in x.split(1 if frame_by_frame else x.shape[1], dim=1)]
         feat_cache.first = False
-        return pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)
+        pixels = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return pixels if row_parallel is None else row_parallel.gather(pixels)
 
     def finish(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """Apply the layers from ``last_upsample`` on: [B, t, H, W, C] to pixels."""
@@ -335,46 +346,3 @@ class VAEDecoder(nn.Module):
         for layer in self.layers[self.last_upsample :]:
             x, residual = layer(x, residual, feat_cache)
         return self.head(x, residual, feat_cache)
-
-
-class ClipDecoder:
-    """Decode clips of one shape, one after the other; on a GPU from CUDA graphs, unless ``low_memory``.
-
-    The first call of each kind runs as it is, which compiles and lets cuDNN choose its algorithms, and is then captured.
-    """
-
-    def __init__(self, decoder: VAEDecoder, shape: tuple[int, int, int], low_memory: bool):
-        """``shape`` is (B, h, w)."""
-        self.decoder = decoder
-        self.shape = shape
-        self.low_memory = low_memory
-        self.feat_cache = FeatCache()
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        """The graph, its input and its output, by number of latent frames and whether they begin the clip."""
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """As ``VAEDecoder.forward``."""
-        if self.low_memory:
-            return self.decoder(latents, self.feat_cache, frame_by_frame=True)
-        if not latents.is_cuda:
-            return self.decoder(latents, self.feat_cache)
-        kind = (latents.shape[1], self.feat_cache.first)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            if kind not in self.graphs:
-                pixels = self.decoder(latents, self.feat_cache)
-                self.capture(latents, kind)
-                return pixels
-        graph, static, pixels = self.graphs[kind]
-        static.copy_(latents)
-        graph.replay()
-        self.feat_cache.first = False
-        return pixels.clone()
-
-    def capture(self, latents: Tensor, kind: tuple[int, bool]) -> None:
-        """Capture a call. Nothing runs, so that the feature cache stays as it is."""
-        static, self.feat_cache.first = latents.clone(), kind[1]
-        pool = next((graph.pool() for graph, *_ in self.graphs.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            pixels = self.decoder(static, self.feat_cache)
-        self.graphs[kind] = (graph, static, pixels)

@@ -23,15 +23,18 @@ from inferix.models.text_encoder import TextEncoder
 from inferix.models.transformer import CausalWanTransformer, RotaryEmb
 from inferix.models.vae import VAE
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
+from inferix.pipelines.noise import randn
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
+from inferix.runtime.startup import STARTUP
 
 
 class CausalInferencePipeline:
     """Text encoder, few-step causal generator and VAE.
 
-    On several ranks the main process has all of them and is called; the others have the generator and run ``worker_loop``.
+    On several ranks the main process has all of them and is called; the others have the generator and the VAE's decoder
+    and run ``worker_loop``.
     """
 
     def __init__(
@@ -50,10 +53,15 @@ class CausalInferencePipeline:
         check_sizes(parallel, self.generator.model.config.num_heads, height * width // 4)
         self.context_parallel = ContextParallel(parallel, device) if parallel.world_size > 1 else None
         self.generator.model.context_parallel = self.context_parallel
-        self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
-        # None on the other ranks, which have no use for them
-        self.vae: VAE = base.vae() if self.is_main_process else None  # type: ignore[assignment]
+        # None on the other ranks, which have no use for them; so is a VAE that is not shared
+        self.vae: VAE = base.vae()
+        if self.context_parallel is not None:
+            if self.vae.can_share:
+                self.vae.share(self.context_parallel)
+            elif not self.is_main_process:
+                self.vae = None  # type: ignore[assignment]
+        self.workers = Workers(self.context_parallel, device, dtype, self.vae)
         self.text_encoder: TextEncoder = base.text_encoder() if self.is_main_process else None  # type: ignore[assignment]
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"
@@ -104,9 +112,8 @@ class CausalInferencePipeline:
             self.generator.model.compile_repeated_blocks()
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        """Return one draw of standard normal noise, made on the generator's device so that a seed means the same anywhere."""
-        source = generator.device if generator is not None else self.device
-        return torch.randn(tuple(shape), generator=generator, device=source, dtype=self.dtype).to(self.device)
+        """Return one draw of standard normal noise."""
+        return randn(shape, generator, self.device, self.dtype)
 
     def randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Return the main process's draw on every rank."""
@@ -225,6 +232,7 @@ class CausalInferencePipeline:
             for first in (0, plan.block_size):  # contiguous in the cache, and not
                 self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
+        STARTUP.mark("compile and capture")
 
     def block_noise(
         self, noise: Tensor | None, start: int, size: int, plan: ClipPlan, generator: torch.Generator | None

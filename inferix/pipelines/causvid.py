@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inferix.config import ParallelConfig
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.pipelines.pipeline import Blending, Pipeline, write_videos
-from inferix.video import safe_file_name
 
 RolloutPrompt = str | Iterator[str]
 """A prompt for a whole rollout, or an iterator that is asked before each of its blocks."""
@@ -20,35 +19,7 @@ RolloutPrompt = str | Iterator[str]
 class CausVidPipeline(Pipeline):
     """Rollout after rollout, each starting from the end of the last; see ``Pipeline`` for the arguments."""
 
-    def __init__(
-        self,
-        config_path: str | Path,
-        default_config_path: str | Path | None = None,
-        wan_base_model_path: str | Path | None = None,
-        enable_kv_offload: bool = True,
-        parallel_config: ParallelConfig | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        transformer_weights: bool = True,
-        vae: str = "full",
-        tiny_vae_path: str | Path | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ):
-        super().__init__(
-            config_path,
-            default_config_path,
-            wan_base_model_path,
-            enable_kv_offload,
-            parallel_config,
-            device,
-            dtype,
-            transformer_weights,
-            vae,
-            tiny_vae_path,
-            height,
-            width,
-        )
+    default_kv_offload = True
 
     def stream(
         self,

@@ -1,7 +1,7 @@
 """What the pipelines share: building the parts, loading weights, encoding prompts, saving files."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from inferix.checkpoints.files import load_strict
 from inferix.checkpoints.lora import merge_lora
 from inferix.config import ParallelConfig, load_config, with_size
 from inferix.errors import InputError
+from inferix.file_name import safe_file_name
 from inferix.models.base_model import WanCheckpoint, empty_transformer
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.noise import SampleGenerator
 from inferix.pipelines.storyboard import Prompt
 from inferix.pipelines.workers import PromptEmbeds
-from inferix.video import VideoWriter, safe_file_name
+from inferix.runtime.startup import STARTUP
+from inferix.video import VideoWriter
 
 
 class Pipeline:
@@ -38,7 +41,8 @@ class Pipeline:
         config_path: YAML with the reference projects' keys.
         default_config_path: YAML that ``config_path`` is laid over.
         wan_base_model_path: folder of the base model, Wan's layout or diffusers'.
-        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory.
+        enable_kv_offload: keep the key-value cache in host memory: the same video, less GPU memory. Default: False for
+            Self-Forcing, True for CausVid.
         parallel_config: how the ranks of a ``torchrun`` job share each video. Only the main process generates; the others
             call ``worker_loop``.
         device: default: the GPU if there is one.
@@ -55,13 +59,14 @@ class Pipeline:
     """
 
     default_base_model_path = "weights/Wan2.1-T2V-1.3B"
+    default_kv_offload = False
 
     def __init__(
         self,
         config_path: str | Path,
         default_config_path: str | Path | None = None,
         wan_base_model_path: str | Path | None = None,
-        enable_kv_offload: bool = False,
+        enable_kv_offload: bool | None = None,
         parallel_config: ParallelConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,9 +87,8 @@ class Pipeline:
         if not base.has_config and self.parallel.world_size > 1:
             raise InputError(f"{base.folder} has no config.json, which several processes need; see weights/README.md")
         self.base = base
-        self.pipeline = CausalInferencePipeline(
-            self.config, base, self.device, self.dtype, self.parallel, enable_kv_offload
-        )
+        offload = self.default_kv_offload if enable_kv_offload is None else enable_kv_offload
+        self.pipeline = CausalInferencePipeline(self.config, base, self.device, self.dtype, self.parallel, offload)
         self.quantized_weights: dict[str, QuantizedWeight] = {}
         """The 8-bit weights of the loaded checkpoint, by module, for quantized layers of the same format."""
         self.loras: list[tuple[Path, float, int]] = []
@@ -94,6 +98,7 @@ class Pipeline:
         self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
+        STARTUP.mark("base model")
 
     @property
     def transformer(self) -> CausalWanTransformer:
@@ -119,6 +124,7 @@ class Pipeline:
         load_strict(self.transformer, dequantize(checkpoint, self.dtype), checkpoint.path)
         self.transformer.requires_grad_(False)
         self.quantized_weights, self.loras = quantized_weights(checkpoint), []
+        STARTUP.mark("checkpoint")
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> int:
         """Merge a LoRA into the transformer's weights: after ``load_checkpoint``, before quantization.
@@ -130,6 +136,7 @@ class Pipeline:
         for name in changed:
             self.quantized_weights.pop(name, None)
         self.loras.append((Path(path), strength, len(changed)))
+        STARTUP.mark("LoRA")
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
@@ -141,6 +148,7 @@ class Pipeline:
             raise InputError(f"{self.base.folder} has no transformer's weights: load a checkpoint (load_checkpoint)")
         self._prompt_cache = None
         self.pipeline.to_device(low_memory)
+        STARTUP.mark("to the device")
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -174,11 +182,22 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         if result is not None:  # None: the iterator that ``next`` was called on has ended
             self.stage_seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            STARTUP.finish(stage) if stage == "decode" else STARTUP.mark(stage)
         return result
 
-    def seeded(self, seed: int) -> torch.Generator:
-        """Return a generator on the pipeline's device."""
-        return torch.Generator(self.device).manual_seed(seed)
+    def seeded(self, seed: int, samples: Sequence[int] | None = None, num_samples: int = 1) -> torch.Generator:
+        """Return a generator on the pipeline's device.
+
+        Args:
+            seed: the same seed gives the same draws.
+            samples: generate only these of a batch of ``num_samples`` videos, each with the draws that it has in the batch.
+            num_samples: videos in the whole batch.
+        """
+        if samples is None or list(samples) == list(range(num_samples)):
+            return torch.Generator(self.device).manual_seed(seed)
+        generator = SampleGenerator(self.device)
+        generator.samples, generator.num_samples = samples, num_samples
+        return generator.manual_seed(seed)
 
     def _embeddings(self, prompts: Iterable[list[str]], blending: "Blending | None" = None) -> Iterator[PromptEmbeds]:
         """Yield the embeddings of the prompts of block after block, which go over into each other as a ``Prompt`` says.
@@ -217,10 +236,9 @@ class Blending:
             self.length = 1 if self.start is None else max(1, self.blend_blocks if blend is None else blend)
         if self.done < self.length:
             self.done += 1
-            mixed = embeds
             if self.start is not None and self.done < self.length:
-                mixed = torch.lerp(self.start, embeds, self.done / self.length)
-            self.current = PromptEmbeds(mixed, switch)
+                embeds = torch.lerp(self.start, embeds, self.done / self.length)
+            self.current = PromptEmbeds(embeds, switch)
         assert self.current is not None
         return self.current
 

@@ -193,8 +193,8 @@ def _first_block(key: str, number: float, block_size: int, num_given: int) -> in
     frame = math.ceil((number * FPS + 3) / 4) if key == "at" and number > 0 else number
     if frame <= 0:
         return 0
-    own = 1 if num_given else 0
-    return own + max(0, -(-(int(frame) - num_given) // block_size))
+    given_blocks = 1 if num_given else 0
+    return given_blocks + max(0, -(-(int(frame) - num_given) // block_size))
 
 
 def first_frame(block: int, block_size: int, num_given: int = 0) -> int:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inferix.distributed.context_parallel import ContextParallel
+from inferix.models.vae import VAE, DecodeRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +51,18 @@ class Workers:
 
     The main process calls the methods with what it knows; the others call them in the same order and are told. With one
     process nothing is sent, so that the block loop reads the same for one rank and for eight.
+
+    Args:
+        context_parallel: the ranks; None: one process.
+        device: this rank's.
+        dtype: of the tensors that are sent.
+        vae: what decodes together with the main process's, where ranks share that.
     """
 
-    def __init__(self, context_parallel: ContextParallel | None, device: torch.device, dtype: torch.dtype):
-        self.parallel, self.device, self.dtype = context_parallel, device, dtype
+    def __init__(
+        self, context_parallel: ContextParallel | None, device: torch.device, dtype: torch.dtype, vae: VAE | None
+    ):
+        self.parallel, self.device, self.dtype, self.vae = context_parallel, device, dtype, vae
         self.is_main_process = context_parallel is None or context_parallel.is_main_process
 
     def broadcast(self, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -62,12 +72,22 @@ class Workers:
         assert tensor is not None
         return tensor if self.parallel is None else self.parallel.broadcast(tensor)
 
+    def broadcast_object(self, message: object = None) -> Any:
+        """Return on every rank what the main process passes, and decode on the others what it decodes before that."""
+        assert self.parallel is not None
+        received = self.parallel.broadcast_object(message)
+        while isinstance(received, DecodeRequest):
+            assert self.vae is not None  # else the main process's VAE would not ask
+            self.vae.take_part(received)
+            received = self.parallel.broadcast_object()
+        return received
+
     def start_clip(self, plan: ClipPlan | None = None) -> ClipPlan | None:
         """Begin a clip and return its plan; None on a worker once the main process has closed the job."""
         if self.parallel is None:
             return plan
         self.parallel.in_block = True
-        return self.parallel.broadcast_object(plan)
+        return self.broadcast_object(plan)
 
     def prompts(self, embeds: Iterator[PromptEmbeds] | None) -> Iterator[PromptEmbeds]:
         """Yield the prompts of block after block, as the main process's ``embeds`` gives them."""
@@ -78,7 +98,7 @@ class Workers:
         while True:
             new = None if embeds is None else next(embeds, None)
             changed = None if new is None or new is current else (tuple(new.embeds.shape), new.switch)
-            more, change = self.parallel.broadcast_object((new is not None, changed))
+            more, change = self.broadcast_object((new is not None, changed))
             if not more:
                 self.parallel.in_block = False
                 return
@@ -99,4 +119,4 @@ class Workers:
         if self.parallel is None:
             return proceed
         self.parallel.in_block = proceed
-        return bool(self.parallel.broadcast_object(proceed))
+        return bool(self.broadcast_object(proceed))

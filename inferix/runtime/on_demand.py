@@ -12,8 +12,12 @@ class OnDemandOffload:
     def __init__(self, module: nn.Module, device: torch.device):
         self.device = device
         self.host_tensors: list[tuple[Tensor, Tensor]] = []
-        module.register_forward_pre_hook(self.load)
-        module.register_forward_hook(self.unload)
+        self.hooks = [module.register_forward_pre_hook(self.load), module.register_forward_hook(self.unload)]
+
+    def remove(self) -> None:
+        """Leave the module's tensors where they are from now on."""
+        for hook in self.hooks:
+            hook.remove()
 
     def load(self, module: nn.Module, _: object) -> None:
         self.host_tensors = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]

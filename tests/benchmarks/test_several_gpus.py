@@ -12,20 +12,21 @@ from processes import Process
 
 sys.path.insert(1, str(ROOT / "benchmarks"))
 import several_gpus
+from user import COLUMNS
 
 from inferix import InputError
 
 
-def torchrun(num_ranks: int, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+def torchrun(num_ranks: int, folder: Path, *flags: str, seconds: float = 110) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     command += [ROOT / "benchmarks/several_gpus.py", "--num_frames=6", "--repeats=1", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "OUTPUT_FOLDER": str(folder)}
     with Process(command, env) as process:
-        return process.wait(110)
+        return process.wait(seconds)
 
 
 def test_four_ranks_compute_what_one_does(tmp_path):
-    result = torchrun(4, tmp_path, "--splits", "4x1", "2x2")
+    result = torchrun(4, tmp_path, "--engine_only", "--splits", "4x1", "2x2")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "several_gpus.json").read_text())
     rows = {(row["setting"], row["split"]): row for row in report["rows"]}
@@ -38,6 +39,15 @@ def test_four_ranks_compute_what_one_does(tmp_path):
         for error, alone in zip(row["error_to_bf16"], rows[setting, "1x1"]["error_to_bf16"]):
             assert error == pytest.approx(alone, rel=0.1, abs=1e-4)
         assert f"| demo | {setting} | {split} | {row['clip_s']:.3f} |" in result.stdout
+
+
+@pytest.mark.timeout(200)
+def test_what_a_user_sees(tmp_path):
+    result = torchrun(2, tmp_path, "--num_frames=3", "--splits", "2x1", "--settings", "bf16", seconds=190)
+    assert result.returncode == 0, result.stderr
+    for row in json.loads((tmp_path / "several_gpus.json").read_text())["rows"]:
+        assert all(row[key] > 0 for key in COLUMNS)
+        assert f"| demo | bf16 | {row['split']} | {row['script_clip_s']:.4g} |" in result.stdout
 
 
 def test_time_limit(tmp_path):

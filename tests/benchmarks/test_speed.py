@@ -15,6 +15,7 @@ import loading
 import long_video
 import memory
 import speed
+import user
 import webrtc_soak  # noqa: F401  it can be imported
 from common import GEOMETRIES
 from settings import SETTINGS, missing
@@ -28,12 +29,13 @@ def read_json(path) -> dict:
     return json.loads(path.read_text(), parse_constant=pytest.fail)  # strict: no NaN
 
 
+@pytest.mark.timeout(200)
 def test_speed(tmp_path):
     flags = ["--settings", "bf16", "fp8+fp8kv", "--repeats=1", "--num_frames=6"]
     env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"OUTPUT_FOLDER": str(tmp_path)}
     with Process([ROOT / "benchmarks/benchmark.sh", *flags], env) as process:
-        done = process.wait(110)
+        done = process.wait(190)
     assert done.returncode == 0, done.stderr
     report = read_json(tmp_path / "benchmark.json")
     full, eight_bit = report["settings"].values()
@@ -46,7 +48,9 @@ def test_speed(tmp_path):
         assert sum(result["block_ms"]) / 1000 == result["seven_blocks_s"]
         assert result["full_window_block_ms"] == result["block_ms"][-1]
         assert 21 / result["end_to_end_s"] == pytest.approx(result["fps"])
+        assert all(result[key] > 0 for key in user.COLUMNS)
     assert f"| fp8+fp8kv | {eight_bit['weights_gb'] * 1e3:.2f} MB |" in done.stdout
+    assert f"| fp8+fp8kv | {eight_bit['script_clip_s']:.4g} |" in done.stdout
     assert f"| fp8+fp8kv | {eight_bit['error'][0]:.4f} |" in done.stdout and "{" not in done.stdout
     for name in ("benchmark.png", "benchmark_error.png"):
         assert Image.open(tmp_path / name).size[0] > 500

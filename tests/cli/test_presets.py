@@ -17,7 +17,7 @@ from scripts import run as run_script
 from scripts import self_forcing_env  # noqa: F401
 
 from dax.quant.nn.linear import QuantizedLinear
-from dax.quant.quantization import load_quantized
+from dax.quant.quantization import load_quantized, read_metadata
 from inferix import InputError, SelfForcingPipeline
 from inferix.checkpoints.containers import infer_sizes, load_checkpoint, quantized_weights
 from inferix.cli import download
@@ -163,7 +163,7 @@ def test_script_with_all_variables(self_forcing_env, tmp_path):
     result = run_script("self_forcing_quantized.sh", self_forcing_env | variables, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "LoRA               kohya.safetensors, strength 0.5: 20 modules changed" in result.stdout
-    (path,) = (tmp_path / "my videos").iterdir()
+    (path,) = (tmp_path / "my videos").glob("*.mp4")
     assert count_frames(path) == 5 and iio.immeta(path, plugin="FFMPEG")["size"] == (96, 64)
 
 
@@ -220,6 +220,7 @@ def test_loras_are_merged_and_saved(flags, tmp_path, capsys):
         exact, weight = merged.transformer.get_submodule(name).weight, saved.get_submodule(name).weight
         assert (weight - exact).abs().max() <= exact.abs().amax() / 127
     assert torch.equal(saved.scale_shift_table, merged.transformer.scale_shift_table)
+    assert read_metadata(tmp_path / "int8")["loras"] == "peft.safetensors:0.5;lightx2v.safetensors:1.0"
 
 
 def test_lora_of_another_model(flags, tmp_path, capsys):

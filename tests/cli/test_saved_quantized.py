@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
+from conftest import BASE, CAUSVID, GOLDEN, ROOT, SELF_FORCING, load_runner, small_config
 from processes import Process
 from safetensors import safe_open
 from torch import nn
@@ -78,7 +78,7 @@ def flags(name: str, folder: Path, **changes: object) -> list[str]:
 def made(name: str, folder: Path, **changes: object) -> bytes:
     """The video that the runner makes."""
     assert run(RUNNERS[name].main, flags(name, folder, **changes)) == 0
-    (path,) = (folder / "output").iterdir()
+    (path,) = (folder / "output").glob("*.mp4")
     content = path.read_bytes()
     path.unlink()
     return content
@@ -179,6 +179,19 @@ def test_a_folder_knows_its_model(tmp_path, capsys):
     argv = flags("causvid", tmp_path, load_quantized=tmp_path / "saved", checkpoint_folder=None)
     assert run(RUNNERS["causvid"].main, argv) == 2
     assert "saved: it was made of self_forcing, not of causvid" in capsys.readouterr().err
+
+
+def test_a_folder_knows_its_loras(tmp_path, capsys):
+    saved, lora = tmp_path / "saved", f"{GOLDEN}/LoRA/peft.safetensors:0.5"
+    expected = made("self_forcing", tmp_path, lora_path=lora, save_quantized=saved)
+    assert read_metadata(saved)["loras"] == "peft.safetensors:0.5"
+    capsys.readouterr()
+    argv = flags("self_forcing", tmp_path, load_quantized=saved, checkpoint_path=None)
+    assert run(RUNNERS["self_forcing"].main, [*argv, "--lora_path", lora]) == 2
+    assert "leave one out; a LoRA is merged before --save_quantized saves" in capsys.readouterr().err
+    assert made("self_forcing", tmp_path, load_quantized=saved, checkpoint_path=None) == expected
+    line = f"saved weights      {SELF_FORCING.name}, peft.safetensors:0.5, fp8, per token"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def empty_like_golden() -> nn.Module:

@@ -41,6 +41,13 @@ def test_self_forcing_script(self_forcing_env, tmp_path):
     assert after < 0.55 * before  # float32 here; the condition embedder stays
     for stage in ("encode prompt", "denoise", "decode"):
         assert any(line.startswith(stage) and "in 3: " in line for line in lines)
+    total, stages = next(line for line in lines if line.startswith("start-up ")).split(" s to the first frames: ")
+    seconds = {stage.rpartition(" ")[0]: float(stage.rpartition(" ")[2]) for stage in stages.split(", ")}
+    assert list(seconds) == [
+        *("Python and imports", "base model", "checkpoint", "to the device", "quantization"),
+        *("encode prompt", "denoise", "decode"),
+    ]
+    assert sum(seconds.values()) == pytest.approx(float(total.split()[1]), abs=0.05)
 
 
 def test_int8_image_to_video(self_forcing_env, tmp_path):

@@ -68,6 +68,7 @@ def test_exports_with_a_batch_of_any_size(qconfig, device, strict):
 def test_exports_with_the_products_that_this_machine_may_lack(monkeypatch, product):
     """CUDA's int8 product and that of CPUs with VNNI, of which `torch._int_mm` is the heart."""
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: (x.float() @ w.float()).int())
+    monkeypatch.setattr(QF, "float_product", lambda dtype, device: False)
     if product == "cuda_int8_mm":
         monkeypatch.setattr(QF, "int8_mm", QF.cuda_int8_mm)
     else:
@@ -81,12 +82,13 @@ def test_exports_with_the_products_that_this_machine_may_lack(monkeypatch, produ
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
 @every_device
 @every_layer
-def test_jit_trace_records_the_model(qconfig, device):
+def test_jit_trace_records_the_model(qconfig, device, grad):
     for model in (quantized_mlp(qconfig, device), quantized_mlp(qconfig, device).requires_grad_(False)):
         x = torch.randn(2, 20, 40, device=device)
-        with warnings.catch_warnings():
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
             warnings.simplefilter("error", torch.jit.TracerWarning)  # a branch that the trace would have lost
             traced = torch.jit.trace(model, x[:, :5])
         torch.jit.save(traced, file := io.BytesIO())

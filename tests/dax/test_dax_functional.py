@@ -34,26 +34,41 @@ def test_pad_to(dtype):
 
 @pytest.mark.parametrize("int8_dot", [True, False])
 @pytest.mark.parametrize("m, k, n", [(1, 16, 16), (16, 1040, 16), (17, 1041, 32), (3, 4096, 16)])
-def test_int8_product_is_exact_as_far_as_its_type_holds_it(monkeypatch, int8_dot, m, k, n):
+def test_int8_sums_are_exact_as_far_as_float32_holds_them(monkeypatch, int8_dot, m, k, n):
     if not int8_dot or QF.CPU_HAS_INT8_DOT:  # forcing the int8 instructions on a CPU without them gives wrong sums
         monkeypatch.setattr(QF, "CPU_HAS_INT8_DOT", int8_dot)
     x, w = (torch.randint(-127, 128, (rows, k)).to(INT8) for rows in (m, n))
     x[0], w[0], w[1] = 127, 127, -127  # the largest sums of either sign
-    y, expected = QF.int8_mm(x, w), x.long() @ w.long().t()
-    assert y.dtype == (torch.int32 if QF.CPU_HAS_INT8_DOT else torch.float32)
-    if y.dtype == torch.int32 or k <= 1040:
-        assert y.long().equal(expected)
-    else:
-        assert ((y.long() - expected).abs() <= 2**-22 * 127**2 * k).all()
+    one = torch.ones(1, 1)
+    y, expected = QF.linear(x, one, w, one).long(), x.long() @ w.long().t()
+    if k <= 1040:  # 127² · 1040 < 2²⁴
+        assert y.equal(expected)
+    assert ((y - expected).abs() <= 2**-22 * 127**2 * k).all()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_rounding_in_float32_is_the_cast(dtype):
+    largest, smallest = QF.QMAX[dtype], torch.finfo(dtype).smallest_normal
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    values = values[values.isfinite()].sort().values
+    halfway = (values[1:] + values[:-1]) / 2  # ties, the denormals' too
+    around = torch.cat([halfway * (1 + step) for step in (-(2**-23), 0, 2**-23)])
+    spread = torch.randn(20000) * torch.logspace(-3, 2, 20000) * smallest * 10
+    q = torch.cat([values, around, spread, spread * largest, torch.tensor([0.0, -0.0, 1e-42])]).clamp(-largest, largest)
+    assert QF.round_to_fp8(q.clone(), dtype).equal(q.to(dtype).float())
+    assert QF.round_to_fp8(torch.tensor([torch.nan]), dtype).isnan().all()
 
 
 def test_without_torchs_private_products_float32_computes_the_same(monkeypatch):
+    for name in ("HAS_INT_MM", "HAS_SCALED_MM", "CPU_HAS_INT8_DOT"):
+        monkeypatch.setattr(QF, name, False)
+    for dtype in (INT8, E4M3):
+        for device in ("cpu", "cuda"):
+            assert QF.float_product(dtype, torch.device(device))
     for qconfig in (FP8_TOKEN, INT8_TOKEN):
         linear, x = layer(100, 70, qconfig), torch.randn(5, 100)
-        expected = linear(x)
-        for name in ("HAS_INT_MM", "HAS_SCALED_MM", "CPU_HAS_INT8_DOT"):
-            monkeypatch.setattr(QF, name, False)
-        torch.testing.assert_close(linear(x), expected)
+        expected, _ = product64(linear, x)
+        torch.testing.assert_close(linear(x), expected.float())
 
 
 def test_the_gpu_product_gets_the_shapes_that_it_takes(monkeypatch):
@@ -67,6 +82,7 @@ def test_the_gpu_product_gets_the_shapes_that_it_takes(monkeypatch):
         return (x.long() @ w.long()).int()
 
     monkeypatch.setattr(torch, "_int_mm", strict)
+    monkeypatch.setattr(QF, "float_product", lambda dtype, device: False)
     monkeypatch.setattr(QF, "int8_mm", QF.cuda_int8_mm)
     for m, k, n in [(1, 32, 32), (16, 33, 5), (17, 100, 70), (192, 64, 130)]:
         linear = layer(k, n, INT8_TOKEN)
@@ -107,7 +123,7 @@ def test_product_with_scales_in_its_epilogue(m, biased, w_scheme, x_scheme, acti
 def test_every_finite_fp8_value_is_read_exactly(dtype):
     q = torch.arange(256, dtype=torch.uint8).view(dtype)
     q = q[q.float().isfinite()]
-    values, unit = QF.fp8_to_float32(q)
+    values, unit = QF.to_float32(q)
     assert values.dtype == torch.float32 and (values * unit).equal(q.float())
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import imageio.v3 as iio
 import psutil
 import pytest
 import ranks
@@ -56,10 +57,10 @@ def test_full_precision_is_what_one_process_computes(clips, way):
 def test_quantized(clips, way, quantized):
     """The cache offloaded besides; fp8 with a scale for each tensor, of which every rank has a part."""
     error, gain = relative_error(*(clips[f"{w}.{quantized}.latents"] for w in (way, "1x1")))
-    assert error < 0.06 and abs(gain - 1) < 0.01  # values that round the other way
+    assert error < 0.03 and abs(gain - 1) < 0.005  # values that round the other way
     if quantized == "fp8":
         first, alone = (clips[f"{w}.fp8.scales"][:1] for w in (way, "1x1"))  # later ones follow what was rounded before
-        torch.testing.assert_close(first, alone, rtol=0.03, atol=0)
+        torch.testing.assert_close(first, alone, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -69,7 +70,7 @@ def test_prompt_switches_and_relative_positions(clips, way):
         golden = load_file(GOLDEN / f"expected/longlive_{name}.safetensors")["latents"]
         torch.testing.assert_close(clips[f"{way}.{name}.auto.latents"], golden, rtol=0, atol=1e-3)
     error, gain = relative_error(*(clips[f"{w}.interactive.fp8.latents"] for w in (way, "1x1")))
-    assert error < 0.06 and abs(gain - 1) < 0.01  # values that round the other way
+    assert error < 0.03 and abs(gain - 1) < 0.005
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,17 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
         assert_plays_in_a_browser(path, 9)
     assert result.stdout.count("seconds ") == 1 and result.stdout.count("file written") == 2  # one process speaks
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+
+
+def test_script_writes_the_frames_that_one_process_writes(self_forcing_env, tmp_path):  # noqa: F811
+    videos = []
+    for nproc in ("1", "2"):
+        env = self_forcing_env | {"NPROC": nproc, "NO_QUANTIZE": "1", "OUTPUT_FOLDER": nproc, "NUM_OUTPUT_FRAMES": "6"}
+        assert run("self_forcing_quantized.sh", env, tmp_path).returncode == 0
+        (path,) = (tmp_path / nproc).iterdir()
+        videos.append(iio.imread(path, plugin="FFMPEG").astype(int))
+    assert videos[0].shape == (21, 64, 96, 3) and videos[0].std() > 10
+    assert abs(videos[0] - videos[1]).mean() < 0.5  # of 255; sums in another order, through a lossy encoder
 
 
 @pytest.mark.parametrize(

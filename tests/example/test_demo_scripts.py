@@ -41,7 +41,7 @@ def written(result: subprocess.CompletedProcess, project: Path) -> torch.Tensor:
     """The one video that a run has made, [T, 3, H, W] in [0, 1]."""
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("file written") == 1
-    (path,) = (project / "outputs").iterdir()
+    (path,) = (project / "outputs").glob("*.mp4")
     return torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2) / 255
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from inferix.errors import InputError
 from inferix.models import vae_decoder
+from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import StreamingDecoder, WanVAE
-from inferix.models.vae_decoder import FeatCache, VAEDecoder
+from inferix.models.vae_decoder import VAEDecoder, rows
 
 
 @pytest.fixture(autouse=True)
@@ -109,21 +110,23 @@ def test_another_vae_is_refused():
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
 def test_compiled_functions_give_the_same():
-    """What a GPU runs compiled, compiled here; also where the output is a slice behind two other frames."""
+    """What a GPU runs compiled, compiled here; the output is a slice behind two other frames, and between other rows."""
     compiled = {
         name: torch.compile(getattr(vae_decoder, name).__wrapped__, dynamic=True)
         for name in ("norm_silu", "add_norm_silu", "add", "add_bias", "to_pixels")
     }
-    for time, channels in ((1, 16), (4, 32)):
+    for time, channels, halo in ((3, 16, 0), (4, 32, 1)):
         x, residual = torch.randn(2, 1, time, 4, 6, channels)
         bias, gamma = torch.nn.Parameter(torch.randn(channels)), torch.nn.Parameter(torch.randn(channels))
         outcomes = []
         for functions in (compiled, vars(vae_decoder)):
-            frames = torch.zeros(2, 1, 2 + time, 4, 6, channels)
-            first, second = (vae_decoder.rows(out[:, 2:]) for out in frames)
+            frames = torch.zeros(2, 1, 2 + time, 4 + 2 * halo, 6, channels)
+            first, second = (out[:, 2:, halo : halo + 4] for out in frames)
             turned = torch.empty(1, time, 6, 4, channels)
-            functions["norm_silu"](vae_decoder.rows(x), bias, gamma, first)
-            total = functions["add_norm_silu"](vae_decoder.rows(residual), vae_decoder.rows(x), bias, gamma, second)
+            functions["norm_silu"](rows(x, first), bias, gamma, rows(first, first))
+            total = functions["add_norm_silu"](
+                rows(residual, second), rows(x, second), bias, gamma, rows(second, second)
+            )
             functions["add_bias"](x.transpose(2, 3), bias, turned)
             pixels = functions["to_pixels"](frames[0], bias[:3])
             outcomes.append([frames, total, functions["add"](residual, x, bias), turned, pixels])

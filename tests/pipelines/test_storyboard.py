@@ -9,7 +9,7 @@ import torch
 from conftest import small_config
 
 from inferix import CausVidPipeline, InputError, SelfForcingPipeline
-from inferix.cli.jobs import each_rollout, rollout_blocks
+from inferix.cli.planner import each_rollout, rollout_blocks
 from inferix.config import load_config
 from inferix.pipelines.pipeline import Blending
 from inferix.pipelines.storyboard import Entry, Prompt, Storyboard, first_frame, read_storyboard

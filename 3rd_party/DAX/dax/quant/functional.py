@@ -27,6 +27,9 @@ except ImportError:  # a build of torch without Triton, such as a CPU's
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 FLOAT32 = torch.finfo(torch.float32)
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = {dtype: min(torch.finfo(dtype).max, FLOAT32.max * (1 - FLOAT32.eps)) for dtype in FLOAT_TYPES}
+"""The largest finite value of each type, or a little less, so that the scale times qmax is finite in float32."""
 
 # What the GPU products ask for: `_scaled_mm` wants K and N in multiples of 16, `_int_mm` in multiples of 8 and more
 # than 16 rows. One rule serves both, on every device, so that the path tested on a CPU is the one a GPU takes.
@@ -41,8 +44,6 @@ HAS_INT_MM = hasattr(torch, "_int_mm")
 HAS_SCALED_MM = hasattr(torch, "_scaled_mm")
 # Without VNNI, oneDNN's int8 product adds pairs of 16-bit partial sums that saturate: wrong, not only slow.
 CPU_HAS_INT8_DOT = HAS_INT_MM and getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
-# The largest K for which every partial sum of int8 products is an integer that float32 holds: 127² · 1040 < 2²⁴.
-EXACT_FLOAT32_K = 1040
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -70,12 +71,7 @@ def absmax_to_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     reciprocal stays finite. For an infinity it is the scale of the largest finite value of `absmax.dtype`; a NaN stays
     NaN.
     """
-    return (absmax.float() / QMAX[dtype]).clamp(FLOAT32.tiny, largest_scale(absmax.dtype, dtype))
-
-
-def largest_scale(dtype: torch.dtype, qdtype: torch.dtype) -> float:
-    """Return the scale of the largest finite value of `dtype`, or a little less, so that it stays finite."""
-    return min(torch.finfo(dtype).max, FLOAT32.max * (1 - FLOAT32.eps)) / QMAX[qdtype]
+    return (absmax.float() / QMAX[dtype]).clamp_(FLOAT32.tiny, LARGEST[absmax.dtype] / QMAX[dtype])
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype, in_float: bool = False) -> Tensor:
@@ -98,13 +94,16 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype, in_float: bool = Fals
 def round_to_fp8(q: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 values within ±qmax to those of the fp8 type `dtype`, to nearest and ties to even, as a cast does.
 
-    On a CPU it takes a third of the time of a cast and back. Adding 1.5 · 2²³ · step to a value and subtracting it again
-    leaves a multiple of the step, which is a power of two below the value's own (or below the smallest normal number).
+    `q` is overwritten. On a CPU this takes a quarter of the time of a cast and back. Adding 1.5 · 2²³ · step to a value
+    and subtracting it again leaves a multiple of the step, which is a power of two below the value's own (or below the
+    smallest normal number).
     """
+    if torch.jit.is_tracing():  # TorchScript has no view(dtype)
+        return q.to(dtype).float()
     mantissa_bits, smallest_normal = (3, 2.0**-6) if dtype == torch.float8_e4m3fn else (2, 2.0**-14)
     exponent = (q.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |q|
     power, steps = exponent.clamp_min_(smallest_normal), 1.5 * 2.0 ** (23 - mantissa_bits)
-    return torch.add(q, power, alpha=steps).sub_(power, alpha=steps)
+    return q.add_(power, alpha=steps).sub_(power, alpha=steps)
 
 
 def quantize_per_token(x: Tensor, dtype: torch.dtype, in_float: bool = False) -> tuple[Tensor, Tensor]:
@@ -129,7 +128,7 @@ def quantize_gelu_per_token(x: Tensor, dtype: torch.dtype, in_float: bool = Fals
     if not x.is_cuda or kernels is None or x.shape[-1] > LONGEST_GELU_ROW:
         return quantize_per_token(gelu(x), dtype, in_float)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    q, scale = kernels.gelu_quantize(rows, dtype, QMAX[dtype], FLOAT32.tiny, largest_scale(x.dtype, dtype))
+    q, scale = kernels.gelu_quantize(rows, dtype, QMAX[dtype], FLOAT32.tiny, LARGEST[x.dtype] / QMAX[dtype])
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
@@ -175,12 +174,10 @@ def rotate(x: Tensor, width: int | None = None) -> Tensor:
 
 
 def pad_to(q: Tensor, rows: int, cols: int) -> Tensor:
-    """Pad `q` [r, c], of an 8-bit type or float32, with zeros below and to the right: [rows, cols]; no copy if it fits."""
+    """Pad `q` [r, c] of an 8-bit type with zeros below and to the right: [rows, cols]. No copy if it fits already."""
     r, c = q.shape
     if (r, c) == (rows, cols):
         return q
-    if q.dtype == torch.float32:
-        return F.pad(q, (0, cols - c, 0, rows - r))
     return F.pad(q.view(torch.int8), (0, cols - c, 0, rows - r)).view(q.dtype)  # zero is the byte 0 in all of them
 
 
@@ -203,48 +200,51 @@ def _(x: Tensor, w: Tensor) -> Tensor:
 
 
 def float_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `device` multiplies values of the 8-bit type `dtype` as the float32 numbers that they stand for.
+    """Return whether `device` multiplies values of the 8-bit type `dtype` as the float32 numbers that they stand for."""
+    if device.type == "cpu" and (dtype != torch.int8 or not CPU_HAS_INT8_DOT):
+        return True
+    if torch.jit.is_tracing():  # TorchScript has neither view(dtype), nor padding of fp8, nor products in 8 bits
+        return True
+    return device.type == "meta" or not (HAS_INT_MM if dtype == torch.int8 else HAS_SCALED_MM)
 
-    Their products are exact in float32; sums of int8's are so up to K = 1040 (127² · 1040 < 2²⁴). Not in a trace:
-    TorchScript has no view(dtype).
+
+def float_linear(
+    q: Tensor, scale: Tensor, wq: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute `linear` in float32, from the dequantized weight and the float32 values `q` [..., K], which it overwrites.
+
+    The dequantized weight lives for this call only: kept, it would take back four times the memory that 8 bits save.
     """
-    fast = device.type == "cuda" or dtype == torch.int8 and CPU_HAS_INT8_DOT and device.type == "cpu"
-    return not fast and not torch.jit.is_tracing()
+    w, unit = to_float32(wq)
+    w.mul_(w_scale if unit == 1 else w_scale * unit)
+    return F.linear(q.mul_(scale), w, None if bias is None else bias.float()).to(out_dtype)
 
 
-def int8_mm(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply int8 [M, K] by int8 [N, K] transposed → [M, N]: int32, or the same integers in float32."""
-    if x.dtype == torch.int8 and x.is_cuda and HAS_INT_MM:
-        return cuda_int8_mm(x, w)
-    if x.dtype == torch.int8 and x.device.type == "cpu" and CPU_HAS_INT8_DOT:
-        return torch._int_mm(x, w.t())
-    return x.float() @ w.float().t()
+def to_float32(q: Tensor) -> tuple[Tensor, float]:
+    """Return 8-bit values as float32 `values`, a new tensor, and the power of two `unit` that they lack: q = values · unit.
 
-
-def fp8_mm(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply fp8 [M, K] by fp8 [N, K] transposed → float32 [M, N]."""
-    if x.is_cuda and HAS_SCALED_MM:
-        one = x.new_ones((1, 1), dtype=torch.float32)
-        return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
-    # The upcast weights live for this call only: kept, they would take back four times the memory that fp8 saves.
-    (x, x_unit), (w, w_unit) = fp8_to_float32(x), fp8_to_float32(w)
-    return torch.addmm(x.new_zeros(()), x, w.t(), beta=0, alpha=x_unit * w_unit)
-
-
-def fp8_to_float32(q: Tensor) -> tuple[Tensor, float]:
-    """Return finite fp8 values, or such in float32, as float32 `values` and their power of two: q = values · unit.
-
-    Both formats are float16 with bits left out: e5m2 is its upper byte; e4m3 has one exponent bit less, and a bias of
-    7 instead of 15, hence the unit of 2⁸. On a CPU this is up to 13 times faster than `q.float()` (torch 2.13). Only
+    The fp8 formats are float16 with bits left out: e5m2 is its upper byte; e4m3 has one exponent bit less, and a bias
+    of 7 instead of 15, hence the unit of 2⁸. On a CPU this is up to 13 times faster than `q.float()` (torch 2.13). Only
     e4m3's NaN is lost on the way (it reads as 480).
     """
-    if q.dtype == torch.float32:
-        return q, 1.0
+    if q.dtype == torch.int8 or torch.jit.is_tracing():
+        return q.float(), 1.0
     bits = q.view(torch.int8).to(torch.int16)
     if q.dtype == torch.float8_e5m2:
         return bits.bitwise_left_shift_(8).view(torch.float16).float(), 1.0
-    keep = 0xBFFF - 0x10000  # as int16: all but the top exponent bit, into which the sign was extended
-    return bits.bitwise_left_shift_(7).bitwise_and_(keep).view(torch.float16).float(), 2.0**8
+    mask = 0xBFFF - 0x10000  # as int16: all but the top exponent bit, into which the sign was extended
+    return bits.bitwise_left_shift_(7).bitwise_and_(mask).view(torch.float16).float(), 2.0**8
+
+
+def int8_mm(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply int8 [M, K] by int8 [N, K] transposed → the exact int32 [M, N]."""
+    return cuda_int8_mm(x, w) if x.is_cuda else torch._int_mm(x, w.t())
+
+
+def fp8_mm(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply fp8 [M, K] by fp8 [N, K] transposed → float32 [M, N], on a GPU."""
+    one = x.new_ones((1, 1), dtype=torch.float32)
+    return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
 
 
 def scaled_fp8_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -283,7 +283,7 @@ def linear(
 
     Args:
         xq: [..., K] int8 with an int8 weight, float8_e4m3fn or float8_e5m2 with a float8_e4m3fn weight; or such
-            values in float32 (see `float_product`).
+            values in float32 (see `float_product`), which are overwritten.
         x_scale: float32, one value, or one for each row: [..., 1].
         wq: [N, K]; any N and K.
         w_scale: float32, [1, 1] or [N, 1].
@@ -297,18 +297,21 @@ def linear(
         RuntimeError: the widths of `xq` and `wq` differ.
     """
     check_width(xq, wq)
+    if xq.dtype == torch.float32:
+        return float_linear(xq, x_scale, wq, w_scale, bias, out_dtype)
+    if float_product(xq.dtype, xq.device):
+        values, unit = to_float32(xq)
+        return float_linear(values * unit, x_scale, wq, w_scale, bias, out_dtype)
     n = wq.shape[0]
+    w = pad_weight(wq) if padded_wq is None else padded_wq
     x, x_scale = xq.reshape(-1, xq.shape[-1]).contiguous(), x_scale.reshape(-1, 1)
-    if torch.jit.is_tracing():  # TorchScript knows neither view(dtype) nor padding of fp8
-        sums = x.float() @ wq.float().t()
+    x = pad_to(x, x.shape[0], w.shape[1])
+    if out_dtype == torch.bfloat16 and w.shape[0] == n and (scaled_mm := epilogue_mm(x)) is not None:
+        y = scaled_mm(x, x_scale, w, w_scale, bias)
     else:
-        w = pad_weight(wq) if padded_wq is None else padded_wq
-        x = pad_to(x, x.shape[0], w.shape[1])
-        if out_dtype == torch.bfloat16 and w.shape[0] == n and (scaled_mm := epilogue_mm(x)) is not None:
-            return scaled_mm(x, x_scale, w, w_scale, bias).view(*xq.shape[:-1], n)
-        sums = int8_mm(x, w) if w.dtype == torch.int8 else fp8_mm(x, w)
-    y = sums[:, :n].float().mul_(x_scale)
-    y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
+        sums = int8_mm(x, w) if x.dtype == torch.int8 else fp8_mm(x, w)
+        y = sums[:, :n].float().mul_(x_scale)
+        y = y * w_scale.t() if bias is None else torch.addcmul(bias.float(), y, w_scale.t())
     return y.to(out_dtype).view(*xq.shape[:-1], n)
 
 
@@ -317,7 +320,7 @@ def epilogue_mm(x: Tensor) -> Callable[..., Tensor] | None:
     if not x.is_cuda:
         return None
     if x.dtype != torch.int8:
-        return scaled_fp8_mm if HAS_SCALED_MM else None
+        return scaled_fp8_mm
     return scaled_int8_mm if kernels is not None and x.shape[1] % kernels.BLOCK_K == 0 else None
 
 

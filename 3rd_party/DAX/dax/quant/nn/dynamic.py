@@ -45,17 +45,16 @@ class Linear(QuantizedLinear):
 
         `x` is as for `forward`, which raises for the same inputs.
         """
-        x = self._checked(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return self._differentiable(self._forward, QF.gelu(x))
-        return self._differentiable(self._forward_gelu, x)
+        if QF.in_autocast(x) or torch.is_grad_enabled() and x.requires_grad:
+            return self.forward(QF.gelu(x))
+        return self._call(self._forward_gelu, x)
 
     def _forward_gelu(self, x: Tensor) -> Tensor:
         if self.qconfig.activation_scheme is not per_token_symmetric or self.qconfig.rotation or is_empty(x):
             return self._forward(QF.gelu(x))
         dtype = self.qconfig.activation_dtype
         xq, x_scale = QF.quantize_gelu_per_token(x, dtype, QF.float_product(dtype, x.device))
-        return self.forward_quantized(xq, x_scale, x.dtype)
+        return self._product(xq, x_scale, x.dtype)
 
     def _fuse_key(self) -> tuple:
         return *super()._fuse_key(), self.process_group

@@ -195,41 +195,46 @@ class QuantizedLinear(nn.Module):
 
     def forward_quantized(self, xq: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Compute `forward` for an input that `quantize_input` gave: [..., in] → [..., out] in `out_dtype`."""
+        return self._differentiable(lambda xq: self._product(xq, x_scale, out_dtype), xq)
 
-        def compute(xq: Tensor) -> Tensor:
-            weight, scale, padded = self.qweight, self.weight_scale, self.padded_qweight
-            return QF.linear(xq, x_scale, weight, scale, self.bias, out_dtype, padded_wq=padded)
-
-        return self._differentiable(compute, xq)
+    def _product(self, xq: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+        weight, scale, padded = self.qweight, self.weight_scale, self.padded_qweight
+        return QF.linear(xq, x_scale, weight, scale, self.bias, out_dtype, padded_wq=padded)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input` [..., in] of any float type to [..., out] of the same type (under autocast, of autocast's).
 
         Raises RuntimeError if the last dimension is not `in_features`, or the type is no float type.
         """
-        return self._differentiable(self._forward, self._checked(input))
+        return self._call(self._forward, input)
 
     def _forward(self, x: Tensor) -> Tensor:
         if is_empty(x):
             return x.new_zeros(*x.shape[:-1], self.out_features)
         xq, x_scale = self._quantize_input(x, QF.float_product(self.qconfig.activation_dtype, x.device))
-        return self.forward_quantized(xq, x_scale, x.dtype)
+        return self._product(xq, x_scale, x.dtype)
 
-    def _checked(self, x: Tensor) -> Tensor:
-        """Return `x` in the type that a float Linear would compute in. Raises as `forward`."""
+    def _call(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return `compute(x)` in the type that a float Linear's output has, with gradients. Raises as `forward`."""
         QF.check_width(x, self.qweight)
         if not x.is_floating_point():
             raise RuntimeError(f"input must be of a float type, but got {x.dtype}")
-        if QF.in_autocast(x) and x.dtype != torch.float64:  # which autocast leaves alone
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+        if not QF.in_autocast(x):
+            return self._differentiable(compute, x)
+        device = x.device.type
+        if x.dtype != torch.float64:  # which autocast leaves alone
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return self._differentiable(compute, x)
 
     def _differentiable(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `compute(x)`, with the gradients for `x` and the bias where they are wanted."""
+        if (
+            torch.jit.is_tracing()
+        ):  # TorchScript cannot hold a Python function; and a trace is checked without gradients
+            return compute(x.detach())
         if not torch.is_grad_enabled() or not (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return compute(x)
-        if torch.jit.is_tracing():  # TorchScript cannot hold a Python function
-            return compute(x.detach())
         return StraightThrough.apply(compute, x, self.bias, self.qweight, self.weight_scale, self.qconfig.rotation)
 
     def share_weight(self, other: Self) -> None:

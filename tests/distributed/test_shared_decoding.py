@@ -1,0 +1,118 @@
+"""Ranks that decode a video together, each some rows of its frames, compute what one rank does."""
+
+import gc
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from inferix.config import ParallelConfig
+from inferix.distributed.context_parallel import ContextParallel, shutdown
+from inferix.models.vae import WanVAE
+from inferix.pipelines.workers import Workers
+
+CLIPS = {"even": (1, 7, 16, 4, 6), "uneven": (1, 7, 16, 7, 5), "batch": (2, 4, 16, 5, 4), "low": (1, 2, 16, 1, 4)}
+"""Shapes of latents; "low" has fewer rows than there are ranks."""
+
+
+def build() -> WanVAE:
+    """Return a VAE of random weights."""
+    torch.manual_seed(0)
+    return WanVAE(AutoencoderKLWan(base_dim=8))
+
+
+def latents(name: str) -> Tensor:
+    return torch.randn(CLIPS[name], generator=torch.Generator().manual_seed(1))
+
+
+def decode_clips(vae: WanVAE) -> dict[str, Tensor]:
+    """Decode every clip at once, and then two of them piece by piece in turns."""
+    results = {name: vae.decode(latents(name)) for name in CLIPS}
+    streams = {name: vae.streaming_decoder() for name in ("even", "uneven")}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in streams}
+    for start, stop in ((0, 1), (1, 4), (4, 7)):
+        for name, stream in streams.items():
+            pieces[name].append(stream(latents(name)[:, start:stop]))
+    return results | {f"{name}.stream": torch.cat(parts, dim=1) for name, parts in pieces.items()}
+
+
+@torch.no_grad()
+def take_part(rank: int, world_size: int, port: int, folder: Path, kind: str) -> None:
+    """Be one rank of a job; save the heights of the latents that it computes, and in the main process the pixels."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    parallel = ContextParallel(ParallelConfig(world_size, 1, rank, rank, world_size), device)
+    vae = build()
+    vae.share(parallel)
+    vae.to(device, torch.float32)
+    heights: list[int] = []
+    vae.decoder.conv_in.register_forward_hook(lambda _, args, out: heights.append(out.shape[2]))
+    results: dict[str, Tensor] = {}
+    if parallel.is_main_process:
+        results = decode_clips(vae)
+        gc.collect()
+        vae.decode(latents("even"))  # tells the others which streams have ended
+        parallel.close()
+        results["even.closed"] = vae.decode(latents("even"))
+        results = {name: pixels.cpu() for name, pixels in results.items()}
+    else:
+        assert Workers(parallel, device, torch.float32, vae).start_clip() is None
+        assert len(vae.streams) == 1
+    torch.save((set(heights), results), folder / f"{rank}.pt")
+    shutdown()
+
+
+def run_ranks(world_size: int, folder: Path, kind: str = "cpu") -> list[tuple[set[int], dict[str, Tensor]]]:
+    """Return what each rank has saved. On a CPU the ranks are forks of this process, which saves the seconds of imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    method = "fork" if kind == "cpu" else "spawn"
+    ranks = mp.start_processes(take_part, (world_size, port, folder, kind), world_size, False, start_method=method)
+    try:
+        while not ranks.join():  # returns as each ends; an error of one is raised here
+            pass
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """The clips as one process decodes them."""
+    with torch.no_grad():
+        return {name: build().decode(latents(name)) for name in CLIPS}
+
+
+def assert_like(pixels: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float) -> None:
+    assert pixels.keys() == {*alone, "even.stream", "uneven.stream", "even.closed"}
+    for name, actual in pixels.items():
+        assert actual.std() > 0.05
+        torch.testing.assert_close(actual, alone[name.split(".")[0]], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "heights"), [(2, [{1, 2, 3, 4}, {2, 3}]), (4, [{1, 2, 4}, {1, 2}, {1, 2}, {1}])]
+)
+def test_like_one_rank(alone, world_size, heights, tmp_path):
+    ranks = run_ranks(world_size, tmp_path)
+    assert_like(ranks[0][1], alone, 1e-5)
+    # the main process alone decodes a single row, and whole frames when the others have ended
+    assert [computed for computed, _ in ranks] == heights
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(500)
+def test_on_gpus(alone, tmp_path):
+    """Compiled, and captured with its communication in CUDA graphs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert_like(run_ranks(2, tmp_path, "cuda")[0][1], alone, 1e-4)
