@@ -51,12 +51,17 @@ pip install --no-deps -e .
 
 if $DEV; then
     pip install -r requirements-dev.txt
-    if ! command -v chromium >/dev/null; then # the tests watch the stream in it
+    missing=() # the tests watch the stream in browsers, one of them in a network namespace
+    command -v chromium >/dev/null || missing+=(chromium)
+    command -v firefox-esr >/dev/null || command -v firefox >/dev/null || missing+=(firefox-esr)
+    PATH="$PATH:/usr/sbin:/sbin" command -v ip >/dev/null || missing+=(iproute2)
+    if ((${#missing[@]})); then
         if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
             apt-get update
-            DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium
+            DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" ||
+                echo "note: the tests that need ${missing[*]} are skipped" >&2
         else
-            echo "note: the browser tests need chromium: as root, apt-get install chromium" >&2
+            echo "note: some tests need ${missing[*]}: as root, apt-get install ${missing[*]}" >&2
         fi
     fi
 fi

@@ -1,11 +1,13 @@
-"""Measure how long a viewer on this machine waits: for the first frame after opening the page, and for each frame after that.
+"""Measure how long a viewer on this machine waits: for the first frame, for each frame after that, and for a prompt to show.
 
-Streams the demo model's video to Chromium, which reads the time that is drawn into each frame. Prints a Markdown table and
-writes webrtc_latency.json.
+Streams the demo model's video to Chromium, which reads the time that is drawn into each frame, and sends prompts, in turn for a
+black and a white background, until it shows a frame that is as far from the old one as from the new one. Prints a Markdown table
+and writes webrtc_latency.json.
 """
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -40,6 +42,36 @@ READ_CLOCK = """new Promise(done => {
         delays.length < COUNT ? video.requestVideoFrameCallback(look) : done(delays);
     });
 })"""
+
+
+SEND = """new Promise(async done => {
+    const copy = new OffscreenCanvas(128, 128).getContext("2d", { willReadFrequently: true });
+    const brightness = () => {
+        copy.drawImage(video, 0, 0);
+        return copy.getImageData(2, 2, 124, 124).data.reduce((sum, value) => sum + value) / (124 * 124 * 4);
+    };
+    const start = performance.now(), before = brightness();
+    send("A COLOR circle moves from left to right on a BACKGROUND background");
+    video.requestVideoFrameCallback(function look(now, { expectedDisplayTime }) {
+        if (Math.abs(brightness() - before) < 20) video.requestVideoFrameCallback(look);
+        else done(expectedDisplayTime - start);
+    });
+})"""
+
+
+async def send_to_change(url: str, name: str, count: int) -> list[float]:
+    """Return the milliseconds from sending each of ``count`` prompts to the first frame that it has changed visibly."""
+    milliseconds = []
+    async with chromium() as page:
+        await page.open(url)
+        await page.until(FIRST_FRAME)
+        for number in range(count):
+            block = await page.run("state.block")
+            await page.until(f"state.block >= {block + 4}")  # the last change is complete
+            words = ("red", "white") if number % 2 == 0 else ("blue", "black")
+            milliseconds.append(await page.run(SEND.replace("COLOR", words[0]).replace("BACKGROUND", words[1])))
+            print(f"{name}: {milliseconds[-1]:.0f} ms", flush=True)
+    return milliseconds
 
 
 async def page_load_to_first_frame(url: str) -> float:
@@ -79,7 +111,7 @@ def stream_clock(count: int) -> list[float]:
     thread = threading.Thread(target=draw)
     thread.start()
     try:
-        return asyncio.run(frame_delays(server.url, count))
+        return asyncio.run(frame_delays(server.session.url, count))
     finally:
         ended.set()
         thread.join()
@@ -90,18 +122,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loads", type=int, default=5, help="how often the page is opened")
     parser.add_argument("--frames", type=int, default=160, help="frames whose delay is measured")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts that are sent")
     parser.add_argument("--output_folder", type=Path, default=OUTPUT_FOLDER)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, Script("causvid", Path(folder) / "out", NUM_ROLLOUT="1000") as script:
         url = script.url()
         loads = [asyncio.run(page_load_to_first_frame(url)) for _ in range(args.loads)]
     delays = stream_clock(args.frames)
-    write_report(args.output_folder / "webrtc_latency.json", {"page_load_ms": loads, "frame_delay_ms": delays})
+    prompts = {}
+    for name, variables in (("self_forcing", {"ENDLESS": "1"}), ("causvid", {"NUM_ROLLOUT": "1000"})):
+        with tempfile.TemporaryDirectory() as folder, Script(name, Path(folder) / "out", **variables) as script:
+            prompts[f"send to change, {name}"] = asyncio.run(send_to_change(script.url(), name, args.prompts))
+    report = {"page_load_ms": loads, "frame_delay_ms": delays, "prompt_ms": prompts, "load_average": os.getloadavg()[0]}
+    write_report(args.output_folder / "webrtc_latency.json", report)
     rows = [
         [name, f"{statistics.median(values):.0f}", f"{min(values):.0f}", f"{max(values):.0f}"]
-        for name, values in (("page load to first frame", loads), ("drawn to shown", delays))
+        for name, values in (("page load to first frame", loads), ("drawn to shown", delays), *prompts.items())
     ]
-    print(f"\n{machine_name()}\n\n{markdown_table(['milliseconds', 'median', 'least', 'most'], rows)}")
+    print(
+        f"\n{machine_name()}, load {os.getloadavg()[0]:.1f}\n\n{markdown_table(['milliseconds', 'median', 'least', 'most'], rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import shutil
 import sys
 from urllib.parse import urlsplit
 
@@ -213,6 +214,35 @@ def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
         assert script.wait(LIMIT).returncode == 0
     (path,) = script.folder.glob("*.mp4")
     assert len(video(path)) == 9
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_output_folder_that_goes_away_ends_no_live_video(replace, tmp_path):
+    """It is said once, the video goes on, in a new file where there can be one; the exit code tells of it in the end."""
+
+    async def body(script: Script):
+        async with ClientSession(script.url()) as session:
+            await until(session, lambda now: now["block"] >= 1)
+            shutil.rmtree(script.folder)
+            if replace:
+                script.folder.touch()
+            now = await until(session, lambda now: now["problem"])
+            assert str(script.folder) in now["problem"] and "full" not in now["problem"]
+            block = now["block"]
+            await until(session, lambda now: now["block"] >= block + 2)
+            async with session.post("/control", json={"action": "close"}) as reply:
+                assert reply.status == 200
+
+    with Script("self_forcing", tmp_path / "out", ENDLESS="1") as script:
+        asyncio.run(body(script))
+        result = script.wait(LIMIT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: a file is missing: " in result.stderr.splitlines()[-1]
+    if replace:
+        assert script.folder.read_bytes() == b""
+    else:
+        (path,) = script.folder.iterdir()
+        assert len(video(path)) >= 12
 
 
 def test_ctrl_c_completes_an_endless_video(tmp_path):
