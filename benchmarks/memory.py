@@ -116,7 +116,7 @@ def memory_by_part(pipeline: CausalInferencePipeline, device_peak: int) -> dict[
     """Return the bytes on the device by part, once a clip was generated; the peaks on a GPU alone."""
     cache, encoder, vae = pipeline.kv_cache, pipeline.text_encoder.model, pipeline.vae
     if pipeline.enable_kv_offload:
-        cached = [*cache.resident.values(), *cache.staging_buffers]
+        cached = [tensor for pair in (*cache.resident.values(), *cache.staging_buffers) for tensor in pair]
     else:
         cached = [cache.keys, cache.values]
     parts = {
