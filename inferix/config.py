@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from inferix.errors import InputError
@@ -196,9 +197,11 @@ def load_config(path: str | Path, default_path: str | Path | None = None) -> Pip
     misuses a key.
     """
     merged = OmegaConf.merge(*(_read_yaml(Path(p)) for p in (default_path, path) if p is not None))
-    raw = OmegaConf.to_container(merged)
+    raw: Any = OmegaConf.to_container(merged)
     try:
-        raw |= read_mapping(raw.get("model_kwargs") or {})  # Self-Forcing nests timestep_shift, local_attn_size, sink_size
+        raw |= read_mapping(
+            raw.get("model_kwargs") or {}
+        )  # Self-Forcing nests timestep_shift, local_attn_size, sink_size
         names = [name for name in PipelineConfig.__dataclass_fields__ if raw.get(name) is not None]
         if missing := {"denoising_step_list", "timestep_shift"} - set(names):
             raise InputError(f"{path} has no {', '.join(sorted(missing))}; compare it with the configs under example/")
@@ -228,14 +231,14 @@ def with_size(config: PipelineConfig, height: int | None = None, width: int | No
     return replace(config, image_or_video_shape=tuple(shape))
 
 
-def _read(name: str, value: object):
+def _read(name: str, value: object) -> Any:
     try:
         return READERS.get(name, read_int)(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _read_yaml(path: Path):
+def _read_yaml(path: Path) -> DictConfig | ListConfig:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:

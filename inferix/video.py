@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -175,10 +175,11 @@ class VideoWriter:
             event.synchronize()
         return pixels.numpy()
 
-    def _encode(self, chunk: np.ndarray | None) -> None:
+    def _encode(self, first: np.ndarray) -> None:
         """Encode this and all other chunks, then give the file its name. Raises InputError."""
+        chunk: np.ndarray | None = first
         try:
-            command = encoder_command(self._partial, chunk.shape[3], chunk.shape[2], self.fps)
+            command = encoder_command(self._partial, first.shape[3], first.shape[2], self.fps)
             self._encoder, num_frames = Encoder(command), 0
             try:
                 while chunk is not None and not self._aborted:
@@ -211,6 +212,7 @@ class VideoWriter:
             return f"{gone} was deleted in the meantime; run again"
         except OSError as error:
             return f"{folder} was replaced or locked in the meantime ({error.strerror}); choose another folder"
+        return None
 
     def _close(self, abort: bool) -> None:
         """Let the thread finish the file, or with ``abort`` give it up and wait until nothing of it is left."""
@@ -235,7 +237,7 @@ class VideoWriter:
         if failed := self if self._error else next(iter(self._failed), None):
             with suppress(ValueError):
                 self._failed.remove(failed)
-            raise failed._error
+            raise failed._error  # type: ignore[misc]
 
     def result(self) -> Path:
         """Wait until the file is complete and return its final name. Call it after leaving the context.
@@ -254,13 +256,13 @@ class VideoWriter:
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         self._close(abort=error_type is not None)
         if self._error and error_type is None:
             self._raise_failure()
 
 
-def _publish(partial: Path, path: Path) -> Path:
+def _publish(partial: Path, path: Path) -> Path:  # type: ignore[return]
     """Give a complete file its name, or the first numbered one that is free, and return it.
 
     A file of such a name with the same bytes stays and is returned instead. Nothing is overwritten, whatever other
@@ -339,7 +341,7 @@ class SegmentedVideoWriter:
     def __enter__(self) -> "SegmentedVideoWriter":
         return self
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         last = self._writers[-1]
         last.__exit__(*((error_type, error, traceback) if last._error else (None, None, None)))
 
@@ -360,7 +362,7 @@ def wait_for_writers() -> None:
         raise
     if failed := list(VideoWriter._failed):
         VideoWriter._failed.clear()
-        raise failed[0]._error
+        raise failed[0]._error  # type: ignore[misc]
 
 
 def remove_partials() -> None:

@@ -100,22 +100,24 @@ class Encoder:
             ) from None
         finally:
             os.close(stderr)
+        assert self._process.stdin is not None
+        self._stdin, self._command = self._process.stdin, command
         self.pid = self._process.pid
 
     def write(self, frame: np.ndarray) -> None:
         """Append a frame uint8 [3, H, W], waiting until the encoder takes it. Raises OSError if the encoder has ended."""
         red, green, blue = frame
         for plane in (green, blue, red):
-            self._process.stdin.write(plane)
+            self._stdin.write(plane)
 
     def finish(self, timeout: float | None = None) -> None:
         """Wait, at most ``timeout`` seconds, until the file is complete. Raises InputError if the encoder failed."""
         with suppress(OSError):  # the exit code says more
-            self._process.stdin.close()
+            self._stdin.close()
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise InputError(f"the encoder {self._process.args[0]} takes no more frames; is it an ffmpeg?") from None
+            raise InputError(f"the encoder {self._command[0]} takes no more frames; is it an ffmpeg?") from None
         if code:
             raise InputError(self._reason(code))
 
@@ -130,9 +132,7 @@ class Encoder:
         if os.strerror(errno.ENOSPC) in messages:
             return "the disk is full; free some space or choose another folder"
         said = next(filter(None, map(str.strip, messages.splitlines())), "it said nothing")
-        return (
-            f"the encoder {self._process.args[0]} ended with exit code {code} ({said}); is it an ffmpeg with libx264?"
-        )
+        return f"the encoder {self._command[0]} ended with exit code {code} ({said}); is it an ffmpeg with libx264?"
 
     def kill(self) -> None:
         """End the process at once, if it has not ended."""
@@ -143,5 +143,5 @@ class Encoder:
         self._process.kill()
         self._process.wait()
         with suppress(OSError):  # frames that were not yet written
-            self._process.stdin.close()
+            self._stdin.close()
         os.close(self._messages)

@@ -29,6 +29,7 @@ from inferix.cli.main import run
 from inferix.cli.presets import PRESETS
 from inferix.config import PipelineConfig, load_config
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.pipelines.storyboard import read_storyboard
 from inferix.video import wait_for_writers
 from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
@@ -228,6 +229,9 @@ def test_yaml(block, tmp_path, self_forcing):
     if "denoising_step_list" in content:
         (tmp_path / "config.yaml").write_text(block.code)
         assert load_config(tmp_path / "config.yaml").num_frame_per_block == 3
+    elif isinstance(content, list):
+        (tmp_path / "story.yaml").write_text(block.code)
+        assert len(read_storyboard(tmp_path / "story.yaml", 3, num_blocks=7).entries) == len(content)
     else:
         modules = [name for name, _ in self_forcing.transformer.named_modules()]
         assert all(any(f".{name}".endswith(f".{key}") for name in modules) for key in read_qconfig_dict(content) if key)

@@ -9,7 +9,7 @@ diffusers' folders; and 8-bit files: LightX2V's (``weight_scale``, one for each 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def _select(content: dict, path: Path, use_ema: bool) -> StateDict:
     return content
 
 
-def _is_state_dict(content) -> bool:
+def _is_state_dict(content: Any) -> bool:
     """Whether ``content`` is a dictionary of named tensors, one at least."""
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     return named and bool(content) and all(isinstance(tensor, Tensor) for tensor in content.values())

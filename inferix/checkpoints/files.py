@@ -9,6 +9,7 @@ import re
 import struct
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -159,11 +160,11 @@ def find_weights(path: Path) -> list[Path]:
     return found[0] if found else _no_checkpoint(subfolders[0] if preferred else path)
 
 
-def _no_checkpoint(folder: Path):
+def _no_checkpoint(folder: Path) -> NoReturn:
     raise InputError(f"{folder} holds no checkpoint (a .safetensors or .pt file); see weights/README.md")
 
 
-def _refuse_several(folder: Path, names: list) -> None:
+def _refuse_several(folder: Path, names: list) -> NoReturn:
     listed = ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
     raise InputError(f"{folder} holds {len(names)} checkpoints ({listed}); give the path of one of them")
 

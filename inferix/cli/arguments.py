@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from inferix.cli.presets import PRESETS, apply_preset, either_spelling, preset_table
 from inferix.cli.prompts import split_prompts
@@ -35,17 +36,17 @@ class Parser(argparse.ArgumentParser):
         add("--output_folder", type=Path, help="where the files go (default: outputs/)")
         add("--seed", type=seed, default=0, help="the same seed gives the same video")
 
-    def add_switch(self, flag: str, default: bool | None = False, **options) -> None:
+    def add_switch(self, flag: str, default: bool | None = False, **options: Any) -> None:
         """Add a flag that stands alone (true) or takes true, false, 1 or 0."""
         self.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", **options)
 
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Return the flags, and ``prompts``: the list that ``--prompt`` holds, None where it is not given."""
         args = super().parse_args(argv)
         args.prompts = None if args.prompt is None else split_prompts(args.prompt)
         return args
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
 
 
@@ -114,7 +115,7 @@ class RunnerParser(Parser):
         self.add_switch("--webrtc_exit", help="end after the last frame instead of going on serving the page")
         self.add_switch("--webrtc_wait", help="begin when the first viewer has come")
 
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Return the flags as ``Parser`` does. Raises InputError where two of them contradict each other."""
         args = super().parse_args(argv)
         for flag, others in CONTRADICTIONS.items():
@@ -192,7 +193,7 @@ def preset(text: str) -> str:
 
 def loras(text: str) -> list[tuple[Path, float]]:
     """LoRA files, each with its strength, in ``a.safetensors:0.8;b.pt``."""
-    return [lora(part.strip()) for part in text.split(";") if part.strip()] or lora("")
+    return [lora(part.strip()) for part in text.split(";") if part.strip()] or [lora("")]
 
 
 def lora(text: str) -> tuple[Path, float]:

@@ -3,6 +3,7 @@
 import math
 import os
 from argparse import Namespace
+from typing import Any
 
 import torch
 
@@ -98,17 +99,21 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
     parts = {"transformer": num_parameters(transformer) * item}
     parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
     if pipeline.is_main_process:
-        encoder, vae = pipeline.text_encoder.model, pipeline.vae.model
+        encoder: Any = pipeline.text_encoder.model
+        vae: Any = pipeline.vae.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
         parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
-        base_dim = vae.encoder[0].out_channels if isinstance(vae, TAEHV) else vae.config.base_dim
+        tiny = isinstance(pipeline.vae.model, TAEHV)
+        base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
         parts["VAE's activations"] = vae_memory(config, batch, base_dim, item, low_memory)
     return parts
 
 
 def vae_memory(config: PipelineConfig, batch: int, base_dim: int, itemsize: int, low_memory: bool) -> int:
-    """Return the bytes of the VAE's activations, in pixel frames of its widest layer: what its convolutions keep, and
-    seven for each frame that goes through."""
+    """Return the bytes of the VAE's activations.
+
+    Counted in pixel frames of its widest layer: 23 that its convolutions keep, and 7 for each frame that goes through.
+    """
     height, width = config.image_or_video_shape[-2:]
     return (23 + 7 * (1 if low_memory else 12)) * batch * 64 * height * width * base_dim * itemsize
 
@@ -121,7 +126,10 @@ def available_memory() -> int:
 
 
 def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConfig, parallel: ParallelConfig) -> None:
-    """Raises InputError where the transformer's weights and one clip need more memory than there is, even with low memory."""
+    """Raises InputError where weights and one clip need more memory than there is, even with ``--low_memory``.
+
+    A lower bound: the weights in 8 bits unless they stay as they are, the cache and the activations.
+    """
     cuda = torch.cuda.is_available()
     low = args.low_memory or (cuda and args.low_memory is None)
     weights, _, others = parameter_counts(model)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def write_report(path: Path, results: Mapping) -> None:
     complete.replace(path)
 
 
-def _finite(content):
+def _finite(content: Any) -> Any:
     """Return ``content`` with None for floats that JSON has no word for."""
     if isinstance(content, Mapping):
         return {key: _finite(value) for key, value in content.items()}

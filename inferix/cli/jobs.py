@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count, islice, repeat
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -123,7 +124,7 @@ class JobWriter:
     def __enter__(self) -> "JobWriter":
         job = self.job
         with ExitStack() as stack:
-            kind = SegmentedVideoWriter if job.endless else VideoWriter
+            kind: Any = SegmentedVideoWriter if job.endless else VideoWriter
             job.writers = [stack.enter_context(kind(path)) for path in job.paths]
             self.progress = stack.enter_context(tqdm(total=job.num_blocks, desc=job.paths[0].stem[:24], unit="block"))
             self.stack = stack.pop_all()
@@ -140,7 +141,7 @@ class JobWriter:
         if self.job.session is not None:
             self.job.session.show(frames[0])
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         self.stack.__exit__(error_type, error, traceback)
         self.job.seconds = time.perf_counter() - self.start
         if self.job.session is not None:
@@ -153,7 +154,8 @@ class Planner:
     """Make jobs of the flags, and of single prompts that come later."""
 
     def __init__(self, args: Namespace, pipeline: Pipeline, session: Session | None):
-        self.args, self.pipeline, self.session = args, pipeline, session
+        self.args, self.session = args, session
+        self.pipeline: Any = pipeline  # of the class that belongs to ``args.model``
         self.folder, self.suffix = args.output_folder or ROOT / "outputs", settings_suffix(args)
         self.make = self.self_forcing if args.model == "self_forcing" else self.causvid
 

@@ -98,7 +98,7 @@ def watch_sigterm() -> None:
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)  # where the C-level handler writes each signal's number
 
-    def watch():
+    def watch() -> None:
         while (number := os.read(read_fd, 1)[0]) not in (signal.SIGTERM, signal.SIGHUP):
             pass
         time.sleep(GRACE_SECONDS)

@@ -13,9 +13,9 @@ from inferix.errors import InputError
 class ModelPaths:
     """Three paths that belong together: a checkpoint fits one base model, and a config the two."""
 
-    config: Path | None
-    base: Path | None
-    checkpoint: Path | None
+    config: Path
+    base: Path
+    checkpoint: Path
 
 
 REAL = {

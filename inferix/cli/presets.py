@@ -1,4 +1,4 @@
-"""Published causal models by name: their files, where these lie under ``weights/``, and the config that belongs to them.
+"""Published causal models by name: their files, where these lie under ``weights/``, and their configs.
 
 Needs nothing but Python, so that ``weights/download.sh`` can read the table before anything is installed.
 """
@@ -75,7 +75,7 @@ class Preset:
 
     @property
     def checkpoint_path(self) -> Path:
-        """The checkpoint, or the folder that it is alone in: where every checkpoint is called model.pt, that has the name."""
+        """The checkpoint; where all are called model.pt, its folder, which has the name that tells them apart."""
         path = self.checkpoint.path()
         return path.parent if path.name == "model.pt" else path
 
@@ -185,13 +185,14 @@ def apply_preset(args: Namespace, weights_flag: str) -> None:
         raise InputError(f"{args.preset} is a preset of {preset.script}_quantized.sh; PRESET=list lists them all")
     needed: list[Path] = []
 
-    def default(flag: str, value, files: list[RemoteFile]) -> None:
+    def default(flag: str, value: object, files: list[RemoteFile]) -> None:
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
             needed.extend(file.path() for file in files if file.gigabytes)
 
     default("config_path", preset.config_path, [])
-    default("wan_base_model_path", WEIGHTS / preset.base, BASES[preset.base])
+    base = WEIGHTS / preset.base
+    default("wan_base_model_path", base, [] if (base / "vae").is_dir() else BASES[preset.base])  # diffusers' layout
     default("use_ema", preset.use_ema, [])
     if not args.load_quantized:
         default(weights_flag, preset.checkpoint_path, [preset.checkpoint])
@@ -214,7 +215,7 @@ def parameter_counts(config: TransformerConfig) -> tuple[int, int, int]:
 
 
 def weight_gigabytes(config: TransformerConfig) -> tuple[float, float]:
-    """Return GB of a transformer's weights in bfloat16, and with its blocks' Linears in 8 bits, a scale for each channel."""
+    """Return GB of a transformer's weights in bfloat16, and with its blocks' Linears in 8 bits, scales per channel."""
     weights, channels, others = parameter_counts(config)
     return 2 * (weights + others) / 1e9, (weights + 4 * channels + 2 * others) / 1e9
 
@@ -224,7 +225,7 @@ def preset_table() -> str:
     from inferix.config import load_config  # needs OmegaConf, which download.sh may not have
 
     header = ("preset", "script", "size", "steps", "frames a block", "GB bf16", "GB 8 bits", "licence", "on the Hub")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name, preset in PRESETS.items():
         config, checkpoint = load_config(preset.config_path), preset.checkpoint
         steps, first = (len(s or ()) for s in (config.denoising_step_list, config.denoising_step_list_first_chunk))

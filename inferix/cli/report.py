@@ -1,7 +1,7 @@
 """The report that the runners print at their end, and the counts it is made of."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 def full_precision_bytes(model: nn.Module, itemsize: int) -> int:
     """Return the bytes of the same model with nothing quantized, at ``itemsize`` bytes a weight."""
     count = 0
+    module: Any
     for module in model.modules():
         if is_linear(module):
             count += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
         else:
             tensors = {**module._parameters, **module._buffers}
             kept = tensors.keys() - module._non_persistent_buffers_set
-            count += sum(tensors[name].numel() for name in kept if tensors[name] is not None)
+            count += sum(tensor.numel() for name in kept if (tensor := tensors[name]) is not None)
     return count * itemsize
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -90,7 +91,7 @@ class ContextParallel:
 
     # --- messages between blocks ---
 
-    def broadcast_object(self, message: object = None) -> object:
+    def broadcast_object(self, message: object = None) -> Any:
         """Return on every rank what the main process passes; None ends the job, after which nobody receives."""
         if self.closed:
             return None

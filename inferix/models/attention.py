@@ -6,7 +6,7 @@ Shapes: queries q [B, T, H, d]; keys k and values v [B, K, H, d]; log-sum-exps o
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def weighted_sum(out: Tensor, weights: Tensor, value_mean: Tensor | None, dtype:
     """Return the sum over P of ``weights`` [P, B, H, T] times (``out`` [P, B, T, H, d] + ``value_mean`` [P, B, H, d])."""
     scale = 1 / kernels.FP8_OUTPUT_SCALE if out.dtype == FP8 else 1.0
     weights = weights.transpose(-1, -2)[..., None]
-    total = 0
+    total: Any = 0
     for i in range(out.shape[0]):  # unrolled: no tensor of all parts in float32
         part = out[i].float() * scale
         total = total + (part if value_mean is None else part + value_mean[i][:, None]) * weights[i]
@@ -113,8 +113,8 @@ def _attention_by_part(
 ) -> PartialAttention:
     """Attend to every part on its own. Consecutive parts of one length are the entries of one batch: a single launch."""
     outs, lses = [], []
-    for length, group in groupby(parts, key=lambda part: part.length):
-        group = list(group)
+    for length, parts_of_length in groupby(parts, key=lambda part: part.length):
+        group = list(parts_of_length)
         count, keys = len(group), slice(group[0].start, group[0].start + len(group) * length)
         results = []
         for query, key, value in zip(q, k[:, keys], v[:, keys]):  # each entry of the batch

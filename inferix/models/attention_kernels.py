@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,9 @@ def _verified_flash_attention_3(function: Callable, device: torch.device) -> Ker
     parameters = inspect.signature(function).parameters
     if missing := {"q", "k", "v", "num_splits"} - parameters.keys():
         raise ValueError(f"flash_attn_func has no parameter {', '.join(sorted(missing))}")
-    with_lse = {"return_attn_probs": True} if "return_attn_probs" in parameters else {}  # older builds always return both
+    with_lse = (
+        {"return_attn_probs": True} if "return_attn_probs" in parameters else {}
+    )  # older builds always return both
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Result:
@@ -192,7 +195,7 @@ def cudnn_fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Result:
 
 
 @cache
-def _cudnn_handle(device: torch.device):
+def _cudnn_handle(device: torch.device) -> Any:
     import cudnn
 
     return cudnn.create_handle()
@@ -204,17 +207,17 @@ def _fp8_scales(device: torch.device) -> dict[str, Tensor]:
 
 
 @cache
-def _fp8_graph(q: tuple, k: tuple, v: tuple, device: torch.device):
+def _fp8_graph(q: tuple, k: tuple, v: tuple, device: torch.device) -> tuple[Any, int]:
     """Return cuDNN's execution plan for tensors of these (shape, stride)s, and the bytes of workspace it needs."""
     import cudnn
 
     real, stored = cudnn.data_type.FLOAT, cudnn.data_type.FP8_E4M3
     graph = cudnn.pygraph(io_data_type=stored, intermediate_data_type=real, compute_data_type=real)
 
-    def tensor(name: str, shape, stride, dtype):
+    def tensor(name: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: Any) -> Any:
         return graph.tensor(name=name, uid=UIDS[name], dim=list(shape), stride=list(stride), data_type=dtype)
 
-    inputs = {name: tensor(name, *layout, stored) for name, layout in (("q", q), ("k", k), ("v", v))}
+    inputs = {name: tensor(name, shape, stride, stored) for name, (shape, stride) in (("q", q), ("k", k), ("v", v))}
     scales = {name: tensor(name, (1, 1, 1, 1), (1, 1, 1, 1), real) for name in FP8_SCALES}
     (batch, heads, tokens, head_dim), _ = q
     out, lse, max_s, max_o = graph.sdpa_fp8(

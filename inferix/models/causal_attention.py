@@ -66,7 +66,7 @@ class CausalSelfAttention:
         if self.kv_cache.value_means is not None:
             value, value_mean = self._subtract_mean(value)
         if self.context_parallel is not None:
-            return self._call_parallel(key_unrotated, value_mean)
+            return self._call_parallel(self.context_parallel, key_unrotated, value_mean)
         if key_unrotated is not None:
             self.kv_cache.store_sinks(self.layer, key_unrotated)
         keys, values = self.kv_cache.update(self.layer, key, value, value_mean)
@@ -74,11 +74,14 @@ class CausalSelfAttention:
         self.kv_cache.release(self.layer)
         return attn_output
 
-    def _call_parallel(self, key_unrotated: Tensor | None, value_mean: Tensor | None) -> Tensor:
-        kv_cache, parallel = self.kv_cache, self.context_parallel
+    def _call_parallel(
+        self, parallel: ContextParallel, key_unrotated: Tensor | None, value_mean: Tensor | None
+    ) -> Tensor:
+        kv_cache = self.kv_cache
         frames = len(kv_cache.slots)
         if key_unrotated is not None:
-            sent = parallel.send_buffers(key_unrotated.shape, 1, key_unrotated.device, key_unrotated.dtype)
+            batch, tokens, heads, head_dim = key_unrotated.shape
+            sent = parallel.send_buffers((batch, tokens, heads, head_dim), 1, key_unrotated.device, key_unrotated.dtype)
             sent[0].copy_(key_unrotated.view(sent.shape[1:]))
             received = parallel.all_to_all_heads(sent)[:, 0]
             kv_cache.store_sinks(self.layer, tokens_by_frame(received, frames).flatten(1, 3))
@@ -90,7 +93,7 @@ class CausalSelfAttention:
             partials = self._attend(query, keys, values)
         else:
             partials = self._attend(parallel.gather_queries(query), keys, values)
-            batch, heads, head_dim = query.shape[0], *query.shape[2:]
+            batch, _, heads, head_dim = query.shape
             out = merge_partials(partials, kv_cache.compute_dtype).view(batch, -1, heads, head_dim)
             lse = partials.lse.logsumexp(0)
             partials = PartialAttention(*parallel.exchange_partials(out, lse))
@@ -118,6 +121,7 @@ class CausalSelfAttention:
 
 def rotate_sinks(kv_cache: KVCache, rotary_emb: tuple[Tensor, Tensor]) -> None:
     """Rotate every layer's sink keys, which are kept unrotated, to the positions of ``rotary_emb``."""
+    assert kv_cache.sink_keys is not None
     rotate = compiled_rotate() if rotary_emb[0].is_cuda else rotate_frames
     for layer in range(kv_cache.num_layers):
         kv_cache.write_sinks(layer, rotate(kv_cache.sink_keys[layer], *rotary_emb))

@@ -146,9 +146,11 @@ class KVCache:
         """
         ranges = contiguous_ranges(self.slots)
         if len(ranges) == 1:
-            return tuple(tensor[:, ranges[0].slots].flatten(1, 2) for tensor in self.layer(layer))
+            keys, values = (tensor[:, ranges[0].slots].flatten(1, 2) for tensor in self.layer(layer))
+            return keys, values
         shape = (self.shape[0], len(self.slots) * self.shape[2], *self.shape[3:])
-        return tuple(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        keys, values = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        return keys, values
 
     def update(self, layer: int, key: Tensor, value: Tensor, value_mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Store the current frames' keys and values and return those of the whole window.
@@ -169,13 +171,17 @@ class KVCache:
             for slots, source in ranges:
                 if tensor[:, slots].data_ptr() != new[:, source].data_ptr():
                     frames = new[:, source]
-                    tensor[:, slots].copy_(frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype))
+                    tensor[:, slots].copy_(
+                        frames if frames.dtype == self.dtype else saturating_cast(frames, self.dtype)
+                    )
         if self.value_means is not None:
+            assert value_mean is not None
             means = value_mean.repeat_interleave(len(self.slots) // self.num_groups, dim=1).transpose(0, 1)
             for slots, source in ranges:
                 self.value_means[layer, slots].copy_(means[source])
         self.wait_prefetch(layer)
-        return tuple(tensor[:, : self.num_valid_frames].flatten(1, 2) for tensor in stored)
+        keys, values = (tensor[:, : self.num_valid_frames].flatten(1, 2) for tensor in stored)
+        return keys, values
 
     def parts(self) -> list[Part]:
         """Return the parts of the window's keys, in order, whose values have one mean: contiguous, of one group."""
@@ -191,6 +197,7 @@ class KVCache:
 
     def store_sinks(self, layer: int, key: Tensor) -> None:
         """Keep the current frames' keys before rotation [B, T, H, d], of those among them that are sink frames."""
+        assert self.sink_keys is not None
         frames = key.unflatten(1, (len(self.slots), -1))
         for i, slot in enumerate(self.slots):
             if slot < self.window.sink_size:

@@ -1,6 +1,7 @@
 """The key-value cache in host memory."""
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,15 @@ class OffloadedKVCache(KVCache):
     RESIDENT = 15
 
     def allocate(self) -> None:
-        def pair(device: torch.device, **options) -> Pair:
+        def pair(device: torch.device | str, **options: Any) -> Pair:
             keys, values = (torch.zeros(self.shape, device=device, dtype=self.dtype, **options) for _ in range(2))
             return keys, values
 
         cuda = self.device.type == "cuda"
         self.resident = {n: pair(self.device) for n in range(0, self.num_layers, self.RESIDENT)}
-        self.host = {n: pair(torch.device("cpu"), pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident}
+        self.host = {
+            n: pair(torch.device("cpu"), pin_memory=cuda) for n in range(self.num_layers) if n not in self.resident
+        }
         self.order = list(self.host)
         self.staging_buffers = [pair(self.device) for _ in range(2)]
         self.h2d_stream, self.d2h_stream = (torch.cuda.Stream(self.device) if cuda else None for _ in range(2))
@@ -60,9 +63,10 @@ class OffloadedKVCache(KVCache):
             self.offload(layer)
             if following := self.order[self.order.index(layer) + 2 :]:
                 self.prefetch(following[0])
-        if layer == self.num_layers - 1 and self.h2d_stream is not None:
+        if layer == self.num_layers - 1:
             for stream in (self.h2d_stream, self.d2h_stream):
-                torch.cuda.current_stream(self.device).wait_stream(stream)
+                if stream is not None:
+                    torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def prefetch(self, layer: int) -> None:
         """Copy the layer's earlier frames to the device, after all work that was submitted so far."""
@@ -79,7 +83,15 @@ class OffloadedKVCache(KVCache):
             sinks = keys.shape[1]
             self.host[layer][0][:, :sinks].copy_(self.staging(layer)[0][:, :sinks])
 
-    def copy(self, source: Pair, target: Pair, slots: list[int], stream, events: dict, layer: int) -> None:
+    def copy(
+        self,
+        source: Pair,
+        target: Pair,
+        slots: list[int],
+        stream: torch.cuda.Stream | None,
+        events: dict[int, torch.cuda.Event],
+        layer: int,
+    ) -> None:
         """Copy these frames in contiguous pieces, which a GPU's copy engines move without its multiprocessors."""
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -89,7 +101,7 @@ class OffloadedKVCache(KVCache):
         if stream is not None:
             events[layer] = stream.record_event()
 
-    def wait(self, events: dict, layer: int) -> None:
+    def wait(self, events: dict[int, torch.cuda.Event], layer: int) -> None:
         """Make the current stream wait until this copy is complete."""
         if self.h2d_stream is not None:
             torch.cuda.current_stream(self.device).wait_event(events[layer])

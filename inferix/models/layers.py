@@ -1,5 +1,7 @@
 """Building blocks of the transformer. Modules carry the names of diffusers' ``WanTransformer3DModel``."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,7 +124,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.net = nn.Sequential(
+        self.net: Any = nn.Sequential(
             GELUProjection(config.dim, config.ffn_dim), nn.Identity(), nn.Linear(config.ffn_dim, config.dim)
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import ftfy
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from inferix.checkpoints.files import (
     DAMAGED,
@@ -80,7 +80,7 @@ def build_umt5(config: UMT5Config, state: StateDict, source: Path) -> UMT5Encode
     return model
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer folder of transformers. Raises InputError where it is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} holds no tokenizer.json; see weights/README.md")
@@ -96,7 +96,7 @@ def load_tokenizer(folder: Path):
 class TextEncoder:
     """Encodes prompts to ``text_len`` embeddings each, zero where the prompt is padded."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer, text_len: int):
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_len: int):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.text_len = text_len

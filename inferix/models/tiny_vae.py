@@ -9,6 +9,7 @@ Latents are [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,8 @@ class FusedMemoryBlock(nn.Module):
 
     def __init__(self, source: MemoryBlock):
         super().__init__()
-        first, _, second, _, third = source.conv
+        convs: Any = source.conv
+        first, _, second, _, third = convs
         current, previous = first.weight.chunk(2, dim=1)
         weight = torch.stack([previous, current], dim=2)  # [C, C, 2, 3, 3]
         self.weight1 = frozen(weight.contiguous(memory_format=torch.channels_last_3d))
@@ -226,7 +228,9 @@ class FusedStage(nn.Module):
         """
         for block, following in zip(self.blocks, [*self.blocks[1:], None]):
             # the last block's output, which nothing remembers, has the others' layout: one kernel serves all
-            after = torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            after = (
+                torch.empty_like(frames) if following is None else feat_cache.prepend(following, frames[:, 1:], num=1)
+            )
             block(frames, feat_cache, after[:, 1:])
             frames = after
         return conv2d(frames[:, 1:], self.weight, padding=1).unflatten(-1, (2, 2, *self.out))
@@ -253,7 +257,7 @@ class FusedHead(nn.Module):
     convolution from 4*C to 12, which keeps the hardware busier, and the pixels need not be put in order before it.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: Any):
         super().__init__()
         # fold[a, p, g, k] = 1 where row k of the 3x3 kernel for output row a falls on row g of input group p
         fold = torch.zeros(2, 2, 2, 3)
@@ -287,9 +291,11 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, model: TAEHV):
         super().__init__()
-        layers = model.decoder
+        layers: Any = model.decoder
         self.weight, self.bias = channels_last(layers[1].weight), frozen(layers[1].bias)
-        self.stages = nn.ModuleList(FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15))
+        self.stages: Any = nn.ModuleList(
+            FusedStage(layers[i : i + 3], layers[i + 4], layers[i + 5]) for i in (3, 9, 15)
+        )
         self.head = FusedHead(layers[22])
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ size d = D/H.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class CausalWanTransformer(nn.Module):
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, self.patch_size, self.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.blocks: Any = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm_out = FP32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_dim * 4)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
@@ -122,14 +123,14 @@ class CausalWanTransformer(nn.Module):
 
         On several ranks it is that of this rank's tokens: those it computes, or, with ``cached``, those in its cache.
         """
-        table = rope_table(torch.tensor(positions), height // 2, width // 2, self.config.head_dim)
+        cos, sin = rope_table(torch.tensor(positions), height // 2, width // 2, self.config.head_dim)
         parallel = self.context_parallel
         if parallel is not None:
             shard = parallel.ring_shard if cached else parallel.shard
-            frames = (part.view(1, len(positions), -1, part.shape[-1]) for part in table)
-            table = tuple(shard(part).flatten(0, 2)[:, None] for part in frames)
+            frames = (part.view(1, len(positions), -1, part.shape[-1]) for part in (cos, sin))
+            cos, sin = (shard(part).flatten(0, 2)[:, None] for part in frames)
         device = self.scale_shift_table.device
-        return tuple(part.to(device, non_blocking=True) for part in table)
+        return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
 
     def forward(
         self,
@@ -159,8 +160,8 @@ class CausalWanTransformer(nn.Module):
             self_attention = CausalSelfAttention(layer, kv_cache, self.context_parallel)
             qkv_buffers = self_attention.qkv_buffers(shape)
             hidden_states = block(hidden_states, temb, rotary_emb, encoder_kv[layer], self_attention, qkv_buffers)
-        tokens = self.project_out(hidden_states, embedding)
-        return self.unpatchify(tokens if self.context_parallel is None else self.context_parallel.all_gather(tokens), latents)
+        out = self.project_out(hidden_states, embedding)
+        return self.unpatchify(out if self.context_parallel is None else self.context_parallel.all_gather(out), latents)
 
     def compile_repeated_blocks(self) -> None:
         """Compile the blocks, one code for all of them, and the output projection. A second call does nothing."""
@@ -168,7 +169,7 @@ class CausalWanTransformer(nn.Module):
 
         compile_forward(self.blocks)
         if "project_out" not in vars(self):
-            self.project_out = torch.compile(self.project_out, dynamic=False)
+            self.project_out = torch.compile(self.project_out, dynamic=False)  # type: ignore[method-assign]
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Return the tokens [B, F, S, D] of latents [B, F, C, h, w]: the patch convolution, as one product."""

@@ -6,7 +6,7 @@ Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -38,12 +38,12 @@ def vae_config(state: StateDict) -> dict:
 class VAE(ABC):
     """Encodes pixels, and decodes latents as a whole or as a stream: a ``WanVAE`` or a ``TinyVAE``."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, mean: Tensor, std: Tensor):
+    def __init__(self, model: Any, decoder: Any, mean: Tensor, std: Tensor):
         """Keep the encoder of ``model`` and free its decoder, whose weights ``decoder`` has copied.
 
         Args:
-            model: has the halves ``encoder`` and ``decoder``.
-            decoder: what ``ClipDecoder`` calls, as ``VAEDecoder.forward``.
+            model: a module with the halves ``encoder`` and ``decoder``.
+            decoder: a module that ``ClipDecoder`` calls, as ``VAEDecoder.forward``.
             mean: of ``model``'s latents, one number a channel.
             std: their standard deviation, one number a channel.
         """
@@ -91,7 +91,9 @@ class VAE(ABC):
 
     def acquire(self, shape: tuple[int, int, int]) -> ClipDecoder:
         """Return a decoder for a new clip of (B, h, w), to be put back to ``pool``; those of another kind are dropped."""
-        self.pool[:] = [decoder for decoder in self.pool if (decoder.shape, decoder.low_memory) == (shape, self.low_memory)]
+        self.pool[:] = [
+            decoder for decoder in self.pool if (decoder.shape, decoder.low_memory) == (shape, self.low_memory)
+        ]
         decoder = self.pool.pop() if self.pool else ClipDecoder(self.decoder, shape, self.low_memory)
         decoder.feat_cache.restart()
         return decoder

@@ -14,6 +14,7 @@ Shapes: B batch, T frames, H x W pixels and C channels at the layer's place.
 
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def compiled_on_gpu(function: Callable) -> Callable:
     compiled = cache(lambda: torch.compile(function, dynamic=True))
 
     @wraps(function)
-    def call(*tensors: Tensor):
+    def call(*tensors: Tensor) -> Any:
         return compiled()(*map(as_base, tensors)) if tensors[0].is_cuda else function(*tensors)
 
     return call
@@ -93,7 +94,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 class FeatCache:
     """The last frames that each causal convolution read; zeros at the start of a clip."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.first = True
         """Whether no frame of the clip has been decoded yet."""
         self.last: dict[nn.Module, Tensor] = {}
@@ -129,7 +130,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, i
 class CausalConv3d(nn.Module):
     """Convolves every frame together with the two before it."""
 
-    def __init__(self, source: nn.Conv3d, bias: bool):
+    def __init__(self, source: Any, bias: bool):
         super().__init__()
         self.weight = frozen(source.weight.contiguous(memory_format=torch.channels_last_3d))
         self.bias = frozen(source.bias) if bias else None
@@ -144,7 +145,7 @@ class CausalConv3d(nn.Module):
 class Norm(nn.Module):
     """RMS norm over channels and SiLU, in float32, of the sum of x, the bias that was not added to x yet, and the residual."""
 
-    def __init__(self, source: nn.Module, bias: Tensor | None):
+    def __init__(self, source: Any, bias: Tensor | None):
         super().__init__()
         self.gamma = frozen(source.gamma.flatten())
         self.bias = frozen(torch.zeros_like(self.gamma) if bias is None else bias)
@@ -163,7 +164,7 @@ class ResidualBlock(nn.Module):
     The sum is left to the next layer: a layer takes and returns ``x`` and the ``residual`` to add to it, None if there is none.
     """
 
-    def __init__(self, source: nn.Module, bias: Tensor | None):
+    def __init__(self, source: Any, bias: Tensor | None):
         """``bias`` is that of the convolution before, which has not been added to ``x`` yet."""
         super().__init__()
         self.norm1 = Norm(source.norm1, bias)
@@ -172,8 +173,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(source.conv2, bias=False)
         self.shortcut = None
         if isinstance(source.conv_shortcut, nn.Conv3d):
-            self.shortcut = frozen(source.conv_shortcut.weight.flatten(1))
-            self.shortcut_bias = frozen(source.conv_shortcut.bias)
+            shortcut: Any = source.conv_shortcut
+            self.shortcut = frozen(shortcut.weight.flatten(1))
+            self.shortcut_bias = frozen(shortcut.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         frames = feat_cache.prepend(self.conv1, x)
@@ -190,7 +192,7 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head within every frame."""
 
-    def __init__(self, source: nn.Module, bias: Tensor):
+    def __init__(self, source: Any, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
         self.gamma = frozen(source.norm.gamma.flatten())
@@ -201,7 +203,8 @@ class Attention(nn.Module):
         x = add(rows(residual), rows(x), self.bias).view_as(x)
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
         qkv = F.linear(normed, self.qkv, self.qkv_bias).flatten(0, 1).flatten(1, 2)[:, None]  # [B*T, 1, H*W, 3*C]
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        query, key, value = qkv.chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value)
         return x + F.linear(attended, self.proj, self.proj_bias).view_as(x), None
 
 
@@ -212,7 +215,7 @@ class Upsample(nn.Module):
     output pixel of a 2x2 group sees only 2x2 different input pixels. That is 4/9 of the arithmetic.
     """
 
-    def __init__(self, source: nn.Module, bias: Tensor):
+    def __init__(self, source: Any, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
         self.time_conv = CausalConv3d(source.time_conv, bias=True) if hasattr(source, "time_conv") else None
@@ -229,16 +232,17 @@ class Upsample(nn.Module):
         x = add(rows(residual), rows(x), self.bias).view_as(x)
         if self.time_conv is not None:
             if not feat_cache.first:
-                x = self.double(x, feat_cache)
+                x = self.double_frames(self.time_conv, x, feat_cache)
             elif x.shape[1] > 1:  # the clip's first frame stays one, and is not seen by those after it
-                x = torch.cat([x[:, :1], self.double(x[:, 1:], feat_cache)], dim=1)
+                x = torch.cat([x[:, :1], self.double_frames(self.time_conv, x[:, 1:], feat_cache)], dim=1)
         return self.enlarge(x), None
 
-    def double(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+    @staticmethod
+    def double_frames(time_conv: CausalConv3d, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, T, H, W, C] to [B, 2*T, H, W, C]."""
-        frames = feat_cache.prepend(self.time_conv, x)
+        frames = feat_cache.prepend(time_conv, x)
         frames[:, 2:] = x
-        pairs = self.time_conv(frames, feat_cache).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
+        pairs = time_conv(frames, feat_cache).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
         return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
     def enlarge(self, x: Tensor) -> Tensor:
@@ -262,7 +266,7 @@ class Head(nn.Module):
     three places in time that it can take (nine channels), and those nine are what is kept of a frame.
     """
 
-    def __init__(self, norm: nn.Module, conv: nn.Conv3d, bias: Tensor):
+    def __init__(self, norm: Any, conv: Any, bias: Tensor):
         super().__init__()
         self.norm = Norm(norm, bias)
         weight = conv.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first

@@ -19,7 +19,9 @@ from inferix.models.causal_attention import rotate_sinks
 from inferix.models.kv_cache import KVCache, WindowConfig
 from inferix.models.kv_offload import OffloadedKVCache
 from inferix.models.scheduler import DenoisingStep
+from inferix.models.text_encoder import TextEncoder
 from inferix.models.transformer import CausalWanTransformer, RotaryEmb
+from inferix.models.vae import VAE
 from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, Workers
@@ -50,8 +52,9 @@ class CausalInferencePipeline:
         self.generator.model.context_parallel = self.context_parallel
         self.workers = Workers(self.context_parallel, device, dtype)
         self.is_main_process = parallel.rank == 0
-        self.vae = base.vae() if self.is_main_process else None
-        self.text_encoder = base.text_encoder() if self.is_main_process else None
+        # None on the other ranks, which have no use for them
+        self.vae: VAE = base.vae() if self.is_main_process else None  # type: ignore[assignment]
+        self.text_encoder: TextEncoder = base.text_encoder() if self.is_main_process else None  # type: ignore[assignment]
         self.offload_requested = enable_kv_offload
         self.kv_cache_dtype_name = "auto"
         self.low_memory = False
@@ -123,7 +126,8 @@ class CausalInferencePipeline:
                 f"both must come in blocks of {size} (one more given frame may come first)"
             )
         total = None if num_frames is None else num_context_frames + num_frames
-        return ClipPlan(noise_shape[0], num_context_frames, total, size, tuple(noise_shape[2:]))
+        batch, _, channels, height, width = noise_shape
+        return ClipPlan(batch, num_context_frames, total, size, (channels, height, width))
 
     @torch.no_grad()
     def denoise(
@@ -217,8 +221,9 @@ class CausalInferencePipeline:
             latents = torch.zeros(plan.batch, size, *plan.latent_shape, device=self.device, dtype=self.dtype)
             self.generator.capture(latents, rotary_emb, kv_cache)
         if plan.prompts_change and self.config.prompt_switch == "recache" and not kv_cache.recached:
-            frames = range(window.num_frames)
-            self.run_window(latents.new_zeros(plan.batch, len(frames), *plan.latent_shape), frames, plan, kv_cache)
+            zeros = latents.new_zeros(plan.batch, window.num_frames, *plan.latent_shape)
+            for first in (0, plan.block_size):  # contiguous in the cache, and not
+                self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
 
     def block_noise(
@@ -228,6 +233,7 @@ class CausalInferencePipeline:
         shape = (plan.batch, size, *plan.latent_shape)
         if not self.is_main_process:
             return self.workers.broadcast(None, shape)
+        assert noise is not None
         first = start - plan.num_context_frames
         drawn = noise[:, first : first + size]
         return self.workers.broadcast(drawn if drawn.shape[1] else self.draw(shape, generator), shape)
@@ -246,6 +252,7 @@ class CausalInferencePipeline:
             noisy = noise if x0 is None else scheduler.add_noise(x0, self.randn(noise.shape, generator), sigma)
             flow = self.generator.predict_flow(noisy, timestep, rotary_emb, kv_cache)
             x0 = scheduler.pred_x0(noisy, flow, sigma)
+        assert x0 is not None  # there is at least one step
         return x0
 
     def set_positions(
@@ -350,8 +357,9 @@ class CausalInferencePipeline:
         context = initial_latent
         if start_latents is not None:
             context, noise = start_latents, noise[:, start_latents.shape[1] :]
+        embeds: Tensor | Iterator[Tensor]
         if text_prompts_list is None:
-            embeds = self.text_encoder(text_prompts)
+            embeds = self.text_encoder(text_prompts or [])
         else:
             plan = self.plan(noise.shape, 0 if context is None else context.shape[1], noise.shape[1])
             encoded = [self.text_encoder(prompts) for prompts in text_prompts_list]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class CausVidPipeline(Pipeline):
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]
             blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)
-            decode, latents, held = self.pipeline.vae.streaming_decoder(), [], None
+            decode, latents = self.pipeline.vae.streaming_decoder(), list[Tensor]()
+            held: Any = None
             while (block := self.timed("denoise", next, blocks, None)) is not None:
                 latents.append(block)
                 pixels = self.timed("decode", decode, block)

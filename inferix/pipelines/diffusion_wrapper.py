@@ -45,6 +45,7 @@ class WanDiffusionWrapper:
 
     def capture(self, latents: Tensor, rotary_emb: RotaryEmb, kv_cache: KVCache) -> None:
         """Capture the graph that ``predict_flow`` will replay for latents of this shape and the cache's current frames."""
+        assert kv_cache.graphs is not None
         inputs = (latents, self._timesteps(latents, 0.0), *rotary_emb)
         kv_cache.graphs.capture(*self._graph_keys(latents, kv_cache), self._forward(kv_cache), *inputs)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Pipeline:
         """The LoRAs that were merged: file, strength, number of modules that changed."""
         self.is_main_process = self.parallel.rank == 0
         """Whether this process generates: the only one, or the first one of a job."""
-        self._prompt_cache: tuple[tuple[str, ...], Tensor] | None = None
+        self._prompt_cache: tuple[tuple[str | int, ...], Tensor] | None = None
         self.stage_seconds: dict[str, list[float]] | None = None
         """Set it to {} to record the seconds of every stage, call by call; the GPU is then synchronized after each."""
 
@@ -161,7 +162,7 @@ class Pipeline:
             self._prompt_cache = ((*key, encoder.version), encoder(list(key)))
         return self._prompt_cache[1]
 
-    def timed(self, stage: str, function: Callable, *args):
+    def timed(self, stage: str, function: Callable, *args: Any) -> Any:
         """Return ``function(*args)``, its seconds recorded under ``stage`` where ``stage_seconds`` is set."""
         if self.stage_seconds is None:
             return function(*args)

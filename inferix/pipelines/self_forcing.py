@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class SelfForcingPipeline(Pipeline):
         image_path: str | Path,
         output_folder: str | Path,
         num_output_frames: int = 19,
-        **options,
+        **options: Any,
     ) -> list[Path]:
         """Do as ``run_text_to_video``, starting from the image at ``image_path``, scaled and cropped to the video's size."""
         image = self.read_image(image_path)

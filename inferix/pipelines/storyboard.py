@@ -40,7 +40,7 @@ class Storyboard:
                 current += 1
             yield self.entries[current].prompt
 
-    def write(self, path: Path) -> Path:
+    def write(self, path: Path) -> Path:  # type: ignore[return]
         """Write a file that ``read_storyboard`` reads, and return its name: a numbered one where ``path`` is taken."""
         content = [{"at_block": entry.block, "prompt": entry.prompt} for entry in self.entries]
         text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=math.inf)

@@ -48,11 +48,10 @@ class Workers:
 
     def broadcast(self, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """Return the main process's ``tensor``, of ``shape``, on every rank."""
-        if self.parallel is None:
-            return tensor
         if not self.is_main_process:
             tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return self.parallel.broadcast(tensor)
+        assert tensor is not None
+        return tensor if self.parallel is None else self.parallel.broadcast(tensor)
 
     def start_clip(self, plan: ClipPlan | None = None) -> ClipPlan | None:
         """Begin a clip and return its plan; None on a worker once the main process has closed the job."""
@@ -67,19 +66,20 @@ class Workers:
         The same tensor object again means that the prompt has not changed.
         """
         if self.parallel is None:
-            yield from embeds
+            yield from embeds or ()
             return
         current = None
         while True:
-            new = next(embeds, None) if self.is_main_process else None
+            new = None if embeds is None else next(embeds, None)
             changed = None if new is None or new is current else tuple(new.shape)
             more, shape = self.parallel.broadcast_object((new is not None, changed))
             if not more:
                 self.parallel.in_block = False
                 return
             if shape is not None:
-                current = self.parallel.broadcast(new) if self.is_main_process else self.broadcast(None, shape)
-                current = new if self.is_main_process else current
+                sent = self.broadcast(new, shape)
+                current = new if self.is_main_process else sent
+            assert current is not None  # the first message has a prompt
             yield current
 
     def end_block(self) -> None:

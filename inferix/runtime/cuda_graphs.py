@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class CUDAGraphs:
 class CapturedGraph:
     """One call of a function as a CUDA graph with static inputs and output."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool, warm_up: bool):
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any, warm_up: bool):
         # contiguous, so that compiled code does not see a view's strides
         self.inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs]
         if warm_up:  # compiling and choosing kernels must not be captured

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def can_fuse(linears: Sequence[nn.Module]) -> bool:
     return len(kinds) == 1 and not any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears)
 
 
-def fuse_linears(linears: Sequence[nn.Module]) -> nn.Module:
+def fuse_linears(linears: Sequence[Any]) -> nn.Module:
     """Return one layer [out1 + out2 + ..., in] for several that read the same input; they become views of it."""
     kind = type(linears[0])
     if is_fusable(kind):

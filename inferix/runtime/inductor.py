@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ try:
 except ImportError as error:  # private modules: they may change with any release
     InductorChoices, UNAVAILABLE = object, str(error)
 else:
-    UNAVAILABLE = None
+    UNAVAILABLE = ""
 
 LONGEST_ROW = 16384
 
@@ -28,7 +29,7 @@ class PersistentReductions(InductorChoices):
     """
 
     @staticmethod
-    def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
         if features.get_reduction_hint() != ReductionHint.OUTER and not cooperative_reduction:
             return V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
         return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
@@ -46,7 +47,7 @@ def persistent_reductions(graph: torch.fx.GraphModule, inputs: list[torch.Tensor
 
 def backend() -> str | Callable:
     """Return the backend to compile with; Inductor with its own settings, and a warning, if its private parts changed."""
-    if UNAVAILABLE is None:
+    if not UNAVAILABLE:
         return persistent_reductions
     warnings.warn(f"this PyTorch's Inductor cannot be configured ({UNAVAILABLE}): compiling without it", stacklevel=2)
     return "inductor"

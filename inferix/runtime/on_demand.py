@@ -15,12 +15,12 @@ class OnDemandOffload:
         module.register_forward_pre_hook(self.load)
         module.register_forward_hook(self.unload)
 
-    def load(self, module: nn.Module, _) -> None:
+    def load(self, module: nn.Module, _: object) -> None:
         self.host_tensors = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
         for tensor, data in self.host_tensors:
             tensor.data = data.to(self.device)
 
-    def unload(self, *_) -> None:
+    def unload(self, *_: object) -> None:
         for tensor, data in self.host_tensors:
             tensor.data = data
         self.host_tensors = []

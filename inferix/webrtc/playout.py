@@ -27,7 +27,7 @@ class Playout:
     or not, so that a late viewer sees the stream from now on; where nothing new is queued it repeats the last frame.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.queue: deque[np.ndarray] = deque()
         self.lock = threading.Lock()
         self.dropped = 0
@@ -84,6 +84,7 @@ class ViewerTrack(MediaStreamTrack):
         self.playout = playout
 
     async def recv(self) -> VideoFrame:
+        assert self.playout.tick is not None  # the clock runs before anybody can connect
         planes, timestamp = await asyncio.shield(self.playout.tick)
         # A frame of its own for every viewer: encoders write the picture type they want into it.
         frame = VideoFrame.from_ndarray(planes, "yuv420p")

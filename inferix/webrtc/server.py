@@ -9,12 +9,13 @@ import re
 import socket
 import threading
 import unicodedata
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from aioice.ice import get_host_addresses
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from yarl import URL
@@ -121,7 +122,7 @@ class Server:
             task.cancel()
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse pages of other origins, and names that somebody else's DNS may have pointed at this machine."""
         origin = request.headers.get("Origin")
         if not self._is_own_name(request.host) or (origin is not None and origin.partition("://")[2] != request.host):
@@ -132,7 +133,7 @@ class Server:
 
     def _is_own_name(self, host: str) -> bool:
         try:
-            name = URL(f"http://{host}").host
+            name = URL(f"http://{host}").host or ""
             if name in ("localhost", self.host, socket.gethostname()):
                 return True
             ipaddress.ip_address(name)
@@ -175,7 +176,7 @@ class Server:
         """Answer a viewer's offer to receive one video."""
         sdp = await read_text(request, "sdp")
         # Browsers hide their addresses behind names that take a second to look up; we know where this one is.
-        sdp = re.sub(r"[\w-]{1,63}\.local\b", request.remote, sdp)
+        sdp = re.sub(r"[\w-]{1,63}\.local\b", request.remote or "", sdp)
         if len(self.peers) >= MAX_VIEWERS:
             raise web.HTTPServiceUnavailable(text="too many viewers")
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))  # by default it would ask a public server
@@ -237,9 +238,9 @@ def gather_from(peer: RTCPeerConnection, addresses: list[str]) -> None:
     aiortc gives no public access to.
     """
     for transceiver in peer.getTransceivers():
-        connection = transceiver.sender.transport.transport.iceGatherer._connection
+        connection: Any = transceiver.sender.transport.transport.iceGatherer._connection
 
-        def gather_own(gather=connection.get_component_candidates, **arguments):
+        def gather_own(gather: Callable = connection.get_component_candidates, **arguments: Any) -> Any:
             return gather(**arguments | {"addresses": addresses})
 
         connection.get_component_candidates = gather_own

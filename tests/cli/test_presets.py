@@ -266,6 +266,23 @@ def test_modules_that_a_lora_changes_are_quantized_anew(flags):
     assert (layer.weight - merged).norm() < 0.05 * merged.norm()
 
 
+@pytest.mark.gpu
+def test_eight_bit_checkpoint_on_a_gpu():
+    from quantization import quantize_transformer, take_over_weights
+
+    config = ROOT / "example/self_forcing/configs/self_forcing_dmd.yaml"
+    pipeline = SelfForcingPipeline(config, wan_base_model_path=BASE, height=64, width=96)
+    pipeline.load_checkpoint(FP8)
+    pipeline.setup_devices()
+    quantize_transformer(pipeline.transformer, "fp8")
+    take_over_weights(pipeline)
+    for name, (qweight, scale) in quantized_weights(load_checkpoint(FP8)).items():
+        layer = pipeline.transformer.get_submodule(name)
+        assert torch.equal(layer.qweight.cpu().view(torch.uint8), qweight.view(torch.uint8)), name
+        assert torch.equal(layer.weight_scale.cpu(), scale), name
+    assert pipeline.generate(["A cat"], 3, pipeline.seeded(0)).isfinite().all()
+
+
 def copy_of_the_base(folder: Path, *without: str) -> Path:
     shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns(*without))
     return folder

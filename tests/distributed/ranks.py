@@ -1,19 +1,27 @@
-"""What test_parallel.py starts under torchrun: golden clips by each way of sharing them, saved by the first rank.
+"""What test_parallel.py starts under torchrun: golden clips by each split, saved by the main process.
 
-python launch.py tests/ranks.py FOLDER ULYSSESxRING...
+torchrun tests/distributed/ranks.py FOLDER ULYSSESxRING...
 """
 
 import os
 import sys
 from pathlib import Path
 
-import torch
-from conftest import BASE, CAUSVID, ROOT, SELF_FORCING
-from safetensors.torch import save_file
-from test_golden import PROMPTS
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "example/quantization")]
 
+import torch
+from conftest import BASE, CAUSVID, GOLDEN, ROOT, SELF_FORCING
+from safetensors.torch import save_file
+
+from dax.quant.quantization import set_process_group
 from inferix import CausVidPipeline, ParallelConfig, SelfForcingPipeline
-from quantization import quantize_transformer, share_scales
+from quantization import quantize_transformer
+
+PROMPTS = [
+    "A red cat walks on the moon",
+    "A blue robot dances in the forest, slowly",
+    "A green bird flies over the sea",
+]
 
 RANKS = {name: int(os.environ.get(name.upper(), default)) for name, default in (("rank", 0), ("world_size", 1))}
 
@@ -35,14 +43,43 @@ def build(kind, sizes: tuple[int, int], offload: bool = False):
     return pipeline
 
 
-def each_part(pipeline, results: dict, name: str, function) -> None:
-    """``function``'s tensors under ``name``, where this rank leads; else take part in making them."""
-    if pipeline.leads:
-        results |= {f"{name}.{key}": tensor.contiguous() for key, tensor in function(pipeline).items()}
-        if pipeline.pipeline.parallel:
-            pipeline.pipeline.parallel.close()
-    else:
-        pipeline.pipeline.follow()
+def long_live(name: str, sizes: tuple[int, int], kv_cache_dtype: str):
+    pipeline = SelfForcingPipeline(
+        GOLDEN / f"configs/{name}.yaml",
+        wan_base_model_path=BASE,
+        parallel_config=ParallelConfig(*sizes, **RANKS),
+        device="cpu",
+    )
+    pipeline.load_checkpoint(GOLDEN / "LongLive/models/longlive_base.pt")
+    pipeline.load_lora(GOLDEN / "LongLive/models/lora.pt")
+    pipeline.setup_devices()
+    pipeline.pipeline.set_kv_cache_dtype(kv_cache_dtype)
+    return pipeline
+
+
+def collect(pipeline, results: dict, name: str, function) -> None:
+    """Add the tensors of ``function`` under ``name`` in the main process; take part in computing them in the others."""
+    if not pipeline.is_main_process:
+        pipeline.worker_loop()
+        return
+    results |= {f"{name}.{key}": tensor.contiguous() for key, tensor in function(pipeline).items()}
+    if pipeline.pipeline.context_parallel:
+        pipeline.pipeline.context_parallel.close()
+
+
+def switched(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(32)
+    noise = torch.randn(1, 24, 16, 8, 12, generator=generator)
+    prompts = {"text_prompts_list": [[prompt] for prompt in PROMPTS], "switch_frame_indices": [6, 16]}
+    _, latents = pipeline.pipeline.inference(noise, generator=generator, return_latents=True, **prompts)
+    return {"latents": latents}
+
+
+def rolling(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(31)
+    noise = torch.randn(1, 21, 16, 8, 12, generator=generator)
+    _, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
+    return {"latents": latents}
 
 
 def self_forcing(pipeline, frames: int = 9) -> dict:
@@ -53,7 +90,6 @@ def self_forcing(pipeline, frames: int = 9) -> dict:
 
 
 def causvid(pipeline) -> dict:
-    pipeline.config = pipeline.pipeline.config
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 9, 16, 8, 12, generator=generator)
     video, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
@@ -67,16 +103,16 @@ def causvid(pipeline) -> dict:
 
 def quantized(pipeline, quant_type: str, granularity: str) -> None:
     """Quantize, and keep the scales that the first layer's activations get."""
-    transformer = pipeline.pipeline.generator.model
+    transformer = pipeline.transformer
     quantize_transformer(transformer, quant_type, granularity)
-    share_scales(pipeline)
+    set_process_group(transformer, pipeline.process_group)
     layer, pipeline.scales = transformer.blocks[0].attn2.to_out[0], []
     original = layer.quantize_input
 
     def remember(x):
-        codes, scale = original(x)
+        qdata, scale = original(x)
         pipeline.scales.append(scale.flatten())
-        return codes, scale
+        return qdata, scale
 
     layer.quantize_input = remember
 
@@ -86,8 +122,11 @@ def main(folder: Path, *ways: str) -> None:
     results: dict[str, torch.Tensor] = {}
     for way in ways:
         sizes = tuple(map(int, way.split("x")))
-        each_part(build(SelfForcingPipeline, sizes), results, f"{way}.self_forcing", self_forcing)
-        each_part(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
+        collect(build(SelfForcingPipeline, sizes), results, f"{way}.self_forcing", self_forcing)
+        collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
+        for dtype in ("auto", "fp8"):
+            collect(long_live("longlive_interactive", sizes, dtype), results, f"{way}.interactive.{dtype}", switched)
+            collect(long_live("longlive_infinite", sizes, dtype), results, f"{way}.infinite.{dtype}", rolling)
         for quant_type, granularity in (("fp8", "per_tensor"), ("int8", "per_token")):
             pipeline = build(SelfForcingPipeline, sizes, offload=True)
             quantized(pipeline, quant_type, granularity)
@@ -95,7 +134,7 @@ def main(folder: Path, *ways: str) -> None:
             def tensors(pipeline):
                 return self_forcing(pipeline, 6) | {"scales": torch.cat(pipeline.scales)}
 
-            each_part(pipeline, results, f"{way}.{quant_type}", tensors)
+            collect(pipeline, results, f"{way}.{quant_type}", tensors)
     if RANKS["rank"] == 0:
         save_file(results, folder / f"{RANKS['world_size']}.safetensors")
 

@@ -34,7 +34,9 @@ def random_model() -> CausalWanTransformer:
 
 def new_cache(frames=9, dtype=torch.float32, sink=0, relative=False) -> KVCache:
     shape = (1, frames, TOKENS, 2, 48)
-    return KVCache(3, shape, WindowConfig(frames, sink, relative_positions=relative), torch.device("cpu"), dtype, torch.float32)
+    return KVCache(
+        3, shape, WindowConfig(frames, sink, relative_positions=relative), torch.device("cpu"), dtype, torch.float32
+    )
 
 
 def encoder_kv(model):

@@ -11,7 +11,6 @@ from torch import Tensor
 from inferix.errors import InputError
 from inferix.models import tiny_vae
 from inferix.models.tiny_vae import TAEHV, TinyDecoder, TinyVAE
-from inferix.models.vae import StreamingDecoder
 from inferix.models.vae_decoder import FeatCache, as_base
 
 FILE = GOLDEN / "TAEHV/taew2_1.pth"

@@ -17,11 +17,12 @@ from conftest import ROOT
 from live import Script, Viewer, state, until
 from processes import Process
 
+from inferix.pipelines.storyboard import Entry, read_storyboard
 from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
-from score import score, segment  # noqa: E402
+from score import segment  # noqa: E402
 from world import BACKGROUNDS, COLORS, Scene  # noqa: E402
 
 RED = Scene("red", "square", "from left to right", "white")
@@ -99,26 +100,36 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
             assert (await shows(page))[0] == BLUE.color and await page.run("state.block") - still[1] <= 1
             await page.press(" ")
 
+            await page.until("state.status === 'generating'")
+            await focus(page, "stop")
+            await page.press("Enter")
             await page.until("state.status === 'idle' && document.querySelectorAll('#files a').length === 2")
-            await page.run("document.querySelectorAll('#files a')[1].click()")
-            await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 5")
+            await page.open(await page.run("document.querySelector('#files a').href"))
+            await page.until("location.pathname.endsWith('.mp4') && document.querySelector('video').duration > 1")
             await page.open(url)
             await page.until("document.body?.dataset.status === 'idle'")
             await focus(page, "stop")
             await page.press("Enter")
             assert (await asyncio.to_thread(script.wait)).returncode == 0
 
-    with Script("self_forcing", tmp_path / "out", PROMPT=RED.prompt, WEBRTC_WAIT="1") as script:
+    variables = {"PROMPT": RED.prompt, "WEBRTC_WAIT": "1", "NUM_OUTPUT_FRAMES": "63"}
+    with Script("self_forcing", tmp_path / "out", **variables) as script:
         asyncio.run(body(script))
-    for scene in (RED, BLUE):
-        (path,) = script.folder.glob(f"A-{scene.color}-*.mp4")
-        frames = video(path)
-        assert len(frames) == 81 and all(score(frames, scene).values())
-    assert len(list(script.folder.iterdir())) == 2
+    storyboard, path = sorted(script.folder.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert [entry.prompt for entry in read_storyboard(storyboard, 3).entries] == [RED.prompt, BLUE.prompt]
+    assert_goes_over(video(path))
+
+
+def assert_goes_over(frames: torch.Tensor) -> None:
+    """From what one prompt says to what the other one does."""
+    colors, backgrounds, _ = segment(frames)
+    for part, scene in ((slice(0, 9), RED), (slice(-4, None), BLUE)):
+        assert (colors[part] == list(COLORS).index(scene.color)).all()
+        assert (backgrounds[part] == list(BACKGROUNDS).index(scene.background)).all()
 
 
 @pytest.mark.timeout(300)
-def test_a_typed_prompt_steers_the_next_rollout_of_causvid(tmp_path):
+def test_a_typed_prompt_steers_the_next_block_of_causvid(tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
             await until(session, lambda now: now["block"] >= 1)
@@ -126,28 +137,28 @@ def test_a_typed_prompt_steers_the_next_rollout_of_causvid(tmp_path):
                 assert (await reply.json())["status"] == "paused"
             async with session.post("/prompt", json={"prompt": BLUE.prompt}) as reply:
                 now = await reply.json()
-                assert now["next_prompt"] == BLUE.prompt and now["block"] < 6
+                assert now["next_prompt"] == BLUE.prompt and now["next_prompt_block"] - now["block"] in (1, 2)
+                block = now["next_prompt_block"]
             async with session.post("/control", json={"action": "resume"}) as reply:
                 assert (await reply.json())["status"] == "generating"
             now = await until(session, lambda now: now["prompt"] == BLUE.prompt)
-            assert now["block"] >= 6
-            await until(session, lambda now: now["block"] >= 9)
+            assert now["prompt_block"] == block
+            await until(session, lambda now: now["block"] >= block + 2)
             async with session.post("/control", json={"action": "stop"}) as reply:
                 assert reply.status == 200
             now = await until(session, lambda now: now["status"] == "idle")
-            (listed,) = now["files"]
-            async with session.get(f"/files/{listed['name']}") as reply:
-                assert await reply.read() == (script.folder / listed["name"]).read_bytes()
+            assert len(now["files"]) == 2
+            for listed in now["files"]:
+                async with session.get(f"/files/{listed['name']}") as reply:
+                    assert await reply.read() == (script.folder / listed["name"]).read_bytes()
+            return block
 
     with Script("causvid", tmp_path / "out", PROMPT=RED.prompt, QUANT_TYPE="int8", NUM_ROLLOUT="1000") as script:
-        asyncio.run(body(script))
+        block = asyncio.run(body(script))
         assert script.interrupt() == 130
-    (path,) = script.folder.iterdir()
-    frames = video(path)
-    colors, backgrounds, _ = segment(frames)
-    assert len(frames) >= 72 + 36  # as far as it got
-    assert (colors[:60] == list(COLORS).index(RED.color)).float().mean() > 0.9
-    assert (colors[-12:] == list(COLORS).index(BLUE.color)).float().mean() > 0.9
+    storyboard, path = sorted(script.folder.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert read_storyboard(storyboard, 3).entries == (Entry(0, RED.prompt), Entry(block, BLUE.prompt))
+    assert_goes_over(video(path))
 
 
 @pytest.mark.timeout(300)
@@ -232,6 +243,19 @@ def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
         assert script.wait().returncode == 0
     (path,) = script.folder.iterdir()
     assert len(video(path)) == 9
+
+
+def test_ctrl_c_completes_an_endless_video(tmp_path):
+    async def body(script: Script):
+        async with ClientSession(script.url()) as session:
+            now = await until(session, lambda now: now["block"] >= 2, 90)
+            assert now["blocks"] is None
+
+    with Script("self_forcing", tmp_path / "out", ENDLESS="1") as script:
+        asyncio.run(body(script))
+        assert script.interrupt() == 130 and "Traceback" not in script.stderr
+    (path,) = script.folder.iterdir()
+    assert path.name.endswith("-endless-00000.mp4") and path.name in script.stdout and len(video(path)) >= 21
 
 
 def test_ctrl_c_while_nobody_has_come(tmp_path):

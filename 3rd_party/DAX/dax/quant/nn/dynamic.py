@@ -31,13 +31,14 @@ class Linear(QuantizedLinear):
         fused.process_group = linears[0].process_group
         return fused
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_input(self, x: Tensor, in_float: bool = False) -> tuple[Tensor, Tensor]:
         """Return qdata [..., in] and float32 scales: [..., 1] per token, [] per tensor."""
+        dtype = self.qconfig.activation_dtype
         if self.qconfig.rotation:
             x = QF.rotate(x, self.in_features)
         if self.qconfig.activation_scheme is per_token_symmetric:
-            return QF.quantize_per_token(x, self.qconfig.activation_dtype)
-        return QF.quantize_per_tensor(x, self.qconfig.activation_dtype, self.process_group)
+            return QF.quantize_per_token(x, dtype, in_float)
+        return QF.quantize_per_tensor(x, dtype, self.process_group, in_float)
 
     def forward_gelu(self, x: Tensor) -> Tensor:
         """Return `self(gelu(x))`, GELU in its tanh form; on a GPU, GELU and a quantization per token are one kernel.
@@ -52,7 +53,8 @@ class Linear(QuantizedLinear):
     def _forward_gelu(self, x: Tensor) -> Tensor:
         if self.qconfig.activation_scheme is not per_token_symmetric or self.qconfig.rotation or is_empty(x):
             return self._forward(QF.gelu(x))
-        xq, x_scale = QF.quantize_gelu_per_token(x, self.qconfig.activation_dtype)
+        dtype = self.qconfig.activation_dtype
+        xq, x_scale = QF.quantize_gelu_per_token(x, dtype, QF.float_product(dtype, x.device))
         return self.forward_quantized(xq, x_scale, x.dtype)
 
     def _fuse_key(self) -> tuple:

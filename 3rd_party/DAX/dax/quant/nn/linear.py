@@ -47,7 +47,8 @@ class StraightThrough(torch.autograd.Function):
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[1]:
-            weight = dequantize_weight(*ctx.saved_tensors, ctx.rotation, grad_y.dtype)
+            qweight, weight_scale = ctx.saved_tensors
+            weight = dequantize_weight(qweight, weight_scale, ctx.rotation, grad_y.dtype)
             grad_x = (rows @ weight).view(*grad_y.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
@@ -188,7 +189,8 @@ class QuantizedLinear(nn.Module):
             raise RuntimeError("quantize_input gives no gradient: call the layer itself, or use torch.no_grad()")
         return self._quantize_input(x)
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_input(self, x: Tensor, in_float: bool = False) -> tuple[Tensor, Tensor]:
+        """Quantize; with `in_float` as in `functional.quantize`."""
         raise NotImplementedError
 
     def forward_quantized(self, xq: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -210,7 +212,7 @@ class QuantizedLinear(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         if is_empty(x):
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        xq, x_scale = self._quantize_input(x)
+        xq, x_scale = self._quantize_input(x, QF.float_product(self.qconfig.activation_dtype, x.device))
         return self.forward_quantized(xq, x_scale, x.dtype)
 
     def _checked(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,15 @@ class Linear(QuantizedLinear):
     def validate(cls, linear: nn.Linear, qconfig: QConfig) -> None:
         """Raises as in `QuantizedLinear`, and ValueError if `linear.activation_observer` saw nothing or a NaN."""
         super().validate(linear, qconfig)
-        linear.activation_observer.scale(qconfig.activation_dtype)
+        observer: Any = linear.activation_observer
+        observer.scale(qconfig.activation_dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, qconfig: QConfig) -> Self:
         """As in `QuantizedLinear`, for a `linear` with an `activation_observer` that has seen its inputs."""
         new = super().from_float(linear, qconfig)
-        new.input_scale = linear.activation_observer.scale(qconfig.activation_dtype)
+        observer: Any = linear.activation_observer
+        new.input_scale = observer.scale(qconfig.activation_dtype)
         return new
 
     @classmethod
@@ -57,11 +59,11 @@ class Linear(QuantizedLinear):
     def _fuse_key(self) -> tuple:
         return *super()._fuse_key(), self.input_scale.item()
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_input(self, x: Tensor, in_float: bool = False) -> tuple[Tensor, Tensor]:
         """Return qdata [..., in] and the float32 scale, []."""
         scale = self.input_scale
-        q = QF.quantize(x, scale, self.qconfig.activation_dtype)
-        if not x.is_cuda:
-            # On a GPU the fp8 NaN goes through the product; the CPU's product cannot carry it, so the scale does.
+        q = QF.quantize(x, scale, self.qconfig.activation_dtype, in_float)
+        if not x.is_cuda and not in_float:
+            # On a GPU and in float32 a NaN goes through the product; in a CPU's fp8 it cannot, so the scale carries it.
             scale = torch.where(x.amax().isnan(), torch.nan, scale)
         return q, scale

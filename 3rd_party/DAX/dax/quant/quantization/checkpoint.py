@@ -178,7 +178,9 @@ def tensors_to_save(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
     Raises ValueError for what is no tensor, or on the meta device.
     """
-    state, tied, owners = {}, {}, {}
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owners: dict[tuple, str] = {}
     for name, tensor in (model.state_dict() | local_buffers(model)).items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise ValueError(f"{name} is {'on the meta device' if isinstance(tensor, Tensor) else 'no tensor'}")

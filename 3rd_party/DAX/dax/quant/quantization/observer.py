@@ -30,7 +30,7 @@ class AbsMaxObserver(nn.Module):
         return absmax_to_scale(self.absmax.float(), dtype)
 
 
-def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def observe_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Show the input of `module` to its observer: a forward pre-hook.
 
     It is a function of its own, because a closure would not follow a copy of the model.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ class QConfig:
             if switch != isinstance(value, bool) or not switch and not (isinstance(value, str) and value in NAMES):
                 wanted = "true or false" if switch else f"one of {', '.join(NAMES)}"
                 raise ValueError(f"{field} is {value!r}: it must be {wanted}")
-        return cls(**{field: NAMES.get(value, value) for field, value in values.items()})
+        arguments: dict[str, Any] = {field: NAMES.get(str(value), value) for field, value in values.items()}
+        return cls(**arguments)
 
 
 def get_default_dynamic_fp8_qconfig(activation_dtype: torch.dtype = torch.float8_e4m3fn) -> QConfig:

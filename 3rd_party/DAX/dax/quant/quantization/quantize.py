@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,8 @@ def convert(model: nn.Module, inplace: bool = True) -> nn.Module:
     plan: Plan = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear and hasattr(module, "qconfig"):
-            plan[name] = (quantized.Linear if module.qconfig.static else dynamic.Linear), module.qconfig
+            qconfig: Any = module.qconfig
+            plan[name] = (quantized.Linear if qconfig.static else dynamic.Linear), qconfig
     return quantize_modules(model, plan)
 
 
@@ -111,7 +113,8 @@ def match(
             raise TypeError(f"qconfig_dict[{key!r}] is {qconfig!r}: give a QConfig, or None to keep float")
     chosen, float_layers = {}, []
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, tuple(types)) or (qconfig := lookup(name, qconfig_dict)) is None:
+        kinds: tuple[type[nn.Module], ...] = tuple(types)
+        if not isinstance(module, kinds) or (qconfig := lookup(name, qconfig_dict)) is None:
             continue
         if type(module) in types and not has_computed_weight(module):
             chosen[name] = qconfig

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,8 +12,8 @@ from dax.quant.nn.linear import QuantizedLinear
 from dax.quant.quantization.observer import observe_input
 from dax.quant.quantization.qconfig import QConfig
 
-Plan: TypeAlias = dict[str, tuple[type[nn.Module], QConfig]]
-"""Module name → the type to put in its place, and how to quantize it."""
+Plan: TypeAlias = dict[str, tuple[Any, QConfig]]
+"""Module name → the type to put in its place, a Module with `from_float(module, qconfig)`, and how to quantize it."""
 
 CALL_HOOKS = (
     "_forward_pre_hooks",
