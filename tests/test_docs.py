@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,10 @@ RUNNERS = {
     "causvid_quantized.sh": "run_causvid_quantized.py",
     "compare.sh": "run_compare.py",
 }
-SHORT = {"OUTPUT_FOLDER": "outputs", "NUM_OUTPUT_FRAMES": "3", "WEBRTC_PORT": "0"}
+SHORT = {"OUTPUT_FOLDER": "outputs", "NUM_OUTPUT_FRAMES": "3", "NUM_ROLLOUT": "1", "WEBRTC_PORT": "0"}
 """Variables of the runs here, where a command does not set them."""
+EXCLUDED = {"NUM_OUTPUT_FRAMES": {"ENDLESS"}, "NUM_ROLLOUT": {"DIFF_PROMPT"}}
+"""Variables beside which they may not be set."""
 RUN_BY_CI = ("./setup.sh", ".venv/bin/python -m pytest", "./.ci/", "pip install -e .", ".venv/bin/pre-commit install")
 
 
@@ -97,12 +100,16 @@ def names(cell: str) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder like a checkout in which nothing was downloaded, as the current one."""
+    """A folder like a checkout in which nothing was downloaded, as the current one. The small model's clips are short."""
     for name in ("example", "benchmarks", "3rd_party", "weights/demo", "weights/download.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
     missing = model_paths.ModelPaths(*[tmp_path / "not downloaded"] * 3)
     monkeypatch.setattr(model_paths, "REAL", dict.fromkeys(model_paths.REAL, missing))
+    for name, paths in model_paths.DEMO.items():  # clips of two blocks
+        short = tmp_path / paths.config.name
+        short.write_text(paths.config.read_text().replace("[1, 21, 16, 16, 16]", "[1, 6, 16, 16, 16]"))
+        monkeypatch.setitem(model_paths.DEMO, name, replace(paths, config=short))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -133,7 +140,7 @@ def check_script(command: Command, project: Path, runs: bool, monkeypatch) -> No
     known = script.read_text() + script.with_name("launch.py").read_text()
     unknown = [name for name in command.variables if not re.search(rf"\b{name}\b", known)]
     assert not unknown, f"{script} has no variable {unknown}"
-    short = SHORT if "DIFF_PROMPT" in command.variables else SHORT | {"NUM_ROLLOUT": "1"}
+    short = {name: value for name, value in SHORT.items() if not command.variables.keys() & EXCLUDED.get(name, set())}
     flags = flags_of(command, short, project / "stub")
     if not runs:
         parse(RUNNERS[script.name], flags, monkeypatch)
@@ -165,6 +172,7 @@ def flags_of(command: Command, defaults: dict[str, str], stub: Path) -> list[str
 def parse(runner: str, flags: list[str], monkeypatch) -> None:
     """Parse the flags of a runner whose files are not there. Raises InputError where it does not know one."""
     monkeypatch.setattr(arguments, "existing_path", Path)
+    monkeypatch.setattr(arguments, "apply_preset", lambda args, flag: None)
     monkeypatch.setattr(preflight, "check", lambda args: None)
     if runner == "run_compare.py":
         run_compare.parse_arguments(flags)
@@ -226,7 +234,10 @@ def test_python_names(block):
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_yaml(block, tmp_path, self_forcing):
     content = yaml.safe_load(block.code)
-    if "denoising_step_list" in content:
+    if isinstance(content, list):
+        (tmp_path / "story.yaml").write_text(block.code)
+        assert len(read_storyboard(tmp_path / "story.yaml", block_size=3).entries) == len(content)
+    elif "denoising_step_list" in content:
         (tmp_path / "config.yaml").write_text(block.code)
         assert load_config(tmp_path / "config.yaml").num_frame_per_block == 3
     elif isinstance(content, list):

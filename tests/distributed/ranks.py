@@ -107,14 +107,7 @@ def quantized(pipeline, quant_type: str, granularity: str) -> None:
     quantize_transformer(transformer, quant_type, granularity)
     set_process_group(transformer, pipeline.process_group)
     layer, pipeline.scales = transformer.blocks[0].attn2.to_out[0], []
-    original = layer.quantize_input
-
-    def remember(x):
-        qdata, scale = original(x)
-        pipeline.scales.append(scale.flatten())
-        return qdata, scale
-
-    layer.quantize_input = remember
+    layer.register_forward_pre_hook(lambda _, args: pipeline.scales.append(layer.quantize_input(args[0])[1].flatten()))
 
 
 def main(folder: Path, *ways: str) -> None:
@@ -126,7 +119,7 @@ def main(folder: Path, *ways: str) -> None:
         collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
         for dtype in ("auto", "fp8"):
             collect(long_live("longlive_interactive", sizes, dtype), results, f"{way}.interactive.{dtype}", switched)
-            collect(long_live("longlive_infinite", sizes, dtype), results, f"{way}.infinite.{dtype}", rolling)
+        collect(long_live("longlive_infinite", sizes, "auto"), results, f"{way}.infinite.auto", rolling)
         for quant_type, granularity in (("fp8", "per_tensor"), ("int8", "per_token")):
             pipeline = build(SelfForcingPipeline, sizes, offload=True)
             quantized(pipeline, quant_type, granularity)
