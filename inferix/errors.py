@@ -1,5 +1,6 @@
 """What the engine raises when the user can put it right."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def input_errors(source: Path | str, *kinds: type[Exception], hint: str = "") ->
             raise
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{source} not found; see weights/README.md for where to get it") from None
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # EINVAL: mapping half a file
             hint = f"cannot be read: {error.strerror}"
         message = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{source} {hint}" if hint else f"{source}: {message}") from None

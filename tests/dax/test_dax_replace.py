@@ -187,7 +187,7 @@ def test_a_transformer_encoder_calls_its_quantized_layers(qconfig, masked):
     called = []
     quantize_input = dynamic.Linear._quantize_input
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic.Linear, "_quantize_input", lambda s, x: called.append(s) or quantize_input(s, x))
+        patch.setattr(dynamic.Linear, "_quantize_input", lambda s, *a: called.append(s) or quantize_input(s, *a))
         y = encoder(x, src_key_padding_mask=mask if masked else None)
     assert {*called} == {*layers}
     keep = ~mask

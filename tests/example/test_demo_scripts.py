@@ -23,7 +23,8 @@ DEFAULT = Scene("red", "circle", "from left to right", "black")
 def project(tmp_path) -> Path:
     """A checkout in which nothing has been downloaded, whatever the real one holds."""
     project = tmp_path / "project"
-    shutil.copytree(ROOT / "example", project / "example", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("example", "inferix"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (project / "weights").mkdir()
     (project / "weights/demo").symlink_to(ROOT / "weights/demo")
     return project
