@@ -1,4 +1,4 @@
-"""What the engine raises when the user can put it right."""
+"""The exception for bad input, which the user can correct."""
 
 import errno
 from collections.abc import Iterator

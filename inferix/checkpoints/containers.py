@@ -1,6 +1,6 @@
-"""A causal Wan transformer's checkpoint, in any container that is published, as weights under diffusers' names.
+"""Read a causal Wan transformer's checkpoint, in any published container, as weights under diffusers' names.
 
-What there is: ``.pt`` files with ``generator`` and ``generator_ema`` (Self-Forcing, CausVid, LongLive, Causal-Forcing)
+Containers: ``.pt`` files with ``generator`` and ``generator_ema`` (Self-Forcing, CausVid, LongLive, Causal-Forcing)
 or with the weights themselves (Reward-Forcing); ``.safetensors`` with or without prefixes (Krea Realtime), in shards, and
 diffusers' folders; and 8-bit files: LightX2V's (``weight_scale``, one for each output channel) and ComfyUI's
 (``scale_weight``, one for each tensor, or float8 without a scale).
@@ -19,9 +19,9 @@ from inferix.checkpoints.keys import diffusers_names, strip_prefixes
 from inferix.errors import InputError
 
 SCALES = (".weight_scale", ".scale_weight")
-"""How the names of a weight's scales end: LightX2V's, ComfyUI's."""
+"""Suffixes of the names of a weight's scales: LightX2V's, ComfyUI's."""
 NO_WEIGHTS = ("scaled_fp8", ".scale_input", ".input_scale")
-"""How the names end of what ComfyUI's fp8 files hold beside weights: a marker, and scales of activations."""
+"""Suffixes of names in ComfyUI's fp8 files that are no weights: a marker, and scales of activations."""
 LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "_lora.down.")
 OTHER_MODELS = {
     "encoder.conv1.weight": "a VAE",
@@ -30,7 +30,7 @@ OTHER_MODELS = {
     "token_embedding.weight": "a text encoder",
     "shared.weight": "a text encoder",
 }
-"""Weights that other parts of a model have, and a transformer has not."""
+"""Names of weights by which another model is recognised, and what it is."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -50,15 +50,15 @@ class Checkpoint:
     state: StateDict
     """Tensors under diffusers' names, in the file's dtypes. 8-bit weights are multiplied by ``scales``."""
     scales: StateDict = field(default_factory=dict)
-    """Name of a module to the scales of its weight, float32 [out, 1]; {} where weights are plain numbers."""
+    """Name of a module to the scales of its weight, float32 [out, 1]; {} where no weight is in 8 bits."""
 
 
 def load_checkpoint(path: str | Path, use_ema: bool = False) -> Checkpoint:
-    """Read a transformer's checkpoint, recognised by what it holds.
+    """Read a transformer's checkpoint; its container is recognised by its content.
 
     Args:
         path: a file, an index of shards, or a folder that holds one checkpoint; see ``find_weights``.
-        use_ema: take the averaged weights, ``generator_ema``. Means nothing where the file has no choice.
+        use_ema: take the averaged weights, ``generator_ema``. Ignored where the file has only one set.
 
     Raises InputError where it is missing, damaged, ambiguous, or no transformer.
     """
@@ -72,7 +72,7 @@ def load_checkpoint(path: str | Path, use_ema: bool = False) -> Checkpoint:
 
 
 def _select(content: dict, path: Path, use_ema: bool) -> StateDict:
-    """The transformer's weights in what a file holds."""
+    """Return the transformer's weights in the content of a file."""
     keys = ("generator_ema", "generator", "model") if use_ema else ("generator", "generator_ema", "model")
     key = next((key for key in keys if key in content), None)
     if key is not None:
@@ -85,13 +85,13 @@ def _select(content: dict, path: Path, use_ema: bool) -> StateDict:
 
 
 def _is_state_dict(content: Any) -> bool:
-    """Whether ``content`` is a dictionary of named tensors, one at least."""
+    """Return whether ``content`` is a dictionary of named tensors, one at least."""
     named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     return named and bool(content) and all(isinstance(tensor, Tensor) for tensor in content.values())
 
 
 def _refuse(content: dict, path: Path) -> None:
-    """Raises InputError, which says what is in a file that is no transformer's."""
+    """Raises InputError for a file that is no transformer's, and names what it holds instead."""
     if "generator_lora" in content or any(part in str(name) for name in content for part in LORA_PARTS):
         raise InputError(f"{path} is a LoRA, not a checkpoint: give it as LORA_PATH={path}, beside a checkpoint")
     for name, kind in OTHER_MODELS.items():
@@ -102,9 +102,9 @@ def _refuse(content: dict, path: Path) -> None:
 
 
 def read_transformer(state: StateDict, source: Path | str = "the checkpoint") -> StateDict:
-    """Return the weights of a transformer under diffusers' names, whichever names they came under.
+    """Return the weights of a transformer under diffusers' names; those of ``state`` may have any published spelling.
 
-    Raises InputError, naming ``source``, where two tensors have the same name then.
+    Raises InputError, naming ``source``, where two tensors would get the same name.
     """
     names = diffusers_names(map(strip_prefixes, state))
     if len(set(names)) < len(names):
@@ -114,7 +114,7 @@ def read_transformer(state: StateDict, source: Path | str = "the checkpoint") ->
 
 
 def _split_scales(state: StateDict, path: Path) -> Checkpoint:
-    """Tell scales from weights, and check that each belongs to one."""
+    """Separate scales from weights, and check that each scale belongs to a weight."""
     if any(name.endswith(".comfy_quant") for name in state):
         raise InputError(f"{path} is in ComfyUI's mixed-precision format (comfy_quant), which is not supported")
     checkpoint = Checkpoint(path, {})
@@ -134,7 +134,7 @@ def _split_scales(state: StateDict, path: Path) -> Checkpoint:
 
 
 def _scale_column(weight: Tensor | None, scale: Tensor, name: str, path: Path) -> Tensor:
-    """The ``scale`` of a ``weight`` [out, in] as float32 [out, 1], whether it is one for each row or one for all."""
+    """Return the ``scale`` of a ``weight`` [out, in], one for each row or one for all, as float32 [out, 1]."""
     if weight is None or weight.ndim != 2:
         raise InputError(f"{path} holds {name} without a matrix that it belongs to; is the file whole?")
     rows = weight.shape[0]
@@ -146,7 +146,7 @@ def _scale_column(weight: Tensor | None, scale: Tensor, name: str, path: Path) -
 
 
 def dequantize(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> StateDict:
-    """Return the weights of ``checkpoint`` as plain floats.
+    """Return the weights of ``checkpoint`` in float.
 
     8-bit weights are multiplied by their scales in float32 and come in ``dtype``; all else stays as it is.
     """
@@ -171,9 +171,9 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
 
 
 def infer_sizes(state: StateDict) -> dict[str, int]:
-    """Read a transformer's sizes off its weights (diffusers' names), where there is no ``config.json``.
+    """Return a transformer's sizes, inferred from its weights (diffusers' names), where there is no ``config.json``.
 
-    The number of heads cannot be seen: all published Wan models have heads of 128.
+    The number of heads cannot be inferred: all published Wan models have heads of 128.
 
     Returns:
         Arguments of ``TransformerConfig``.

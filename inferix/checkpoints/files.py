@@ -1,6 +1,6 @@
-"""Files of tensors: recognised by their first bytes, memory-mapped, and never running code.
+"""Read files of tensors: recognised by their first bytes, memory-mapped, without running code.
 
-Pickles are opened with ``weights_only``; everything else is safetensors. What is not used of a file is not read.
+Pickles are opened with ``weights_only``; everything else is safetensors. Only the tensors that are used are read.
 """
 
 import json
@@ -24,7 +24,7 @@ PICKLE_ERRORS = (
     OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError,
     struct.error,
 )  # fmt: skip
-"""What ``torch.load`` raises for bytes that are no valid pickle, beside UnpicklingError: whatever the bytes lead to."""
+"""What ``torch.load`` may raise for bytes that are no valid pickle, beside UnpicklingError."""
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 OTHER_KINDS = {
@@ -43,7 +43,7 @@ def _head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether ``head``, a file's first bytes, is a header's length and the brace that begins it."""
+    """Return whether ``head``, a file's first bytes, is the length of a safetensors header and its opening brace."""
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
 
 
@@ -117,14 +117,14 @@ def load_sharded_safetensors(folder: Path, stem: str) -> StateDict:
 
 
 def load_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError where ``path`` is missing or something else."""
+    """Read a JSON object. Raises InputError where ``path`` is missing or no such object."""
     with input_errors(path, OSError, UnicodeDecodeError, hint=DAMAGED):
         text = path.read_text()
     return parse_json(text, path)
 
 
 def parse_json(text: str, source: Path | str) -> dict:
-    """Return the JSON object that ``text`` is. Raises InputError, naming ``source``, where it is something else."""
+    """Return ``text`` parsed as a JSON object. Raises InputError, naming ``source``, where it is no such object."""
     with input_errors(source, ValueError, hint="is not a valid JSON object; download it again"):
         content = json.loads(text)
         if not isinstance(content, dict):
@@ -170,7 +170,7 @@ def _refuse_several(folder: Path, names: list) -> NoReturn:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of the checkpoint that ``folder`` itself holds; [] where it holds none."""
+    """Return the files of the checkpoint directly in ``folder``; [] where there is none."""
     if indices := sorted(folder.glob("*.index.json")):
         return _indexed_shards(indices[0]) if len(indices) == 1 else _refuse_several(folder, [i.name for i in indices])
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
@@ -184,7 +184,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _complete(shards: list[Path]) -> list[Path]:
-    """``shards`` themselves. Raises InputError where some are missing."""
+    """Return ``shards``. Raises InputError where some are missing."""
     shard = SHARD.fullmatch(shards[0].name)
     if shard and len(shards) != int(shard["count"]):
         counted = f"{len(shards)} of {int(shard['count'])} shards of {shard['stem']}"
@@ -193,7 +193,7 @@ def _complete(shards: list[Path]) -> list[Path]:
 
 
 def _indexed_shards(index: Path) -> list[Path]:
-    """The shards that a ``*.index.json`` lists, which lie beside it."""
+    """Return the shards that a ``*.index.json`` lists, which lie beside it."""
     weight_map = load_json(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
@@ -207,9 +207,9 @@ def _indexed_shards(index: Path) -> list[Path]:
 
 
 def load_strict(module: nn.Module, state: StateDict, source: Path) -> None:
-    """Give ``module`` (which may be on the meta device) the tensors of ``state`` themselves, all of them.
+    """Assign the tensors of ``state`` to ``module``, which may be on the meta device; nothing is copied.
 
-    Raises InputError, and leaves ``module`` as it was, where a name or a shape differs, or numbers are no floats.
+    Raises InputError, and leaves ``module`` as it was, where a name or a shape differs, or a tensor is not floating-point.
     """
     expected = module.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()

@@ -1,4 +1,4 @@
-"""The names of a Wan transformer's weights: how files spell them, and diffusers' spelling, which the engine uses.
+"""Rename a Wan transformer's weights from the spellings in files to diffusers', which the engine uses.
 
 Wan's own names are those of https://github.com/Wan-Video/Wan2.1 (``blocks.0.self_attn.q.weight``), diffusers' those of
 ``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``).
@@ -30,7 +30,7 @@ WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_m
 """What FSDP, activation checkpointing and torch.compile insert into the names of the modules that they wrap."""
 
 PREFIXES = re.compile(r"((model|diffusion_model|transformer|unet|base_model|module)\.)+")
-"""What training code and other programs put before a transformer's names, also several of them in a row."""
+"""Prefixes that training code and other programs add to a transformer's names; there may be several in a row."""
 
 ONLY_DIFFUSERS = re.compile(r"(?<![^._])(attn[12]|condition_embedder|proj_out|scale_shift_table|ffn[._]net)(?![^._])")
 """Parts of names that occur in diffusers' spelling alone."""
@@ -46,7 +46,7 @@ def strip_prefixes(name: str) -> str:
 def diffusers_names(names: Iterable[str], separator: str = ".") -> list[str]:
     """Return ``names``, all from one file and without prefixes, in diffusers' spelling.
 
-    Names that are in it already, and those of no Wan transformer, stay as they are. ``separator`` is "_" for names that
+    Names that are in it already, and unknown names, are returned unchanged. ``separator`` is "_" for names that
     have an underscore in place of every dot.
     """
     names = list(names)
@@ -58,7 +58,7 @@ def diffusers_names(names: Iterable[str], separator: str = ".") -> list[str]:
 
 @cache
 def _renaming(separator: str) -> tuple[re.Pattern, dict[str, str]]:
-    """The pattern that finds the parts of a name to be replaced, and what replaces each."""
+    """Return the pattern of the parts of a name to be replaced, and the replacement of each."""
     renamed = {old.replace(".", separator): new.replace(".", separator) for old, new in WAN_TO_DIFFUSERS.items()}
     longest_first = sorted(renamed, key=len, reverse=True)
     edge = re.escape(separator)

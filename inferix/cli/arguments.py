@@ -261,7 +261,7 @@ def pixels(text: str) -> int:
 
 
 def boolean(text: str) -> bool:
-    """Return what a person or a shell script means by a word for yes or no."""
+    """Return the boolean for one of the words 1, true, yes, on, 0, false, no, off."""
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")

@@ -1,4 +1,4 @@
-"""Where a run takes place: how processes share it, and how much of a GPU's memory it may take."""
+"""Choose how processes share a run, and check that it fits into the GPU's memory."""
 
 import os
 from argparse import Namespace
@@ -24,7 +24,7 @@ from inferix.runtime.memory import num_parameters
 
 
 def transformer_config(paths: ModelPaths) -> TransformerConfig:
-    """Return the transformer's sizes: from the base model's ``config.json``, without one off the checkpoint's tensors.
+    """Return the transformer's sizes: from the base model's ``config.json``, or else from the checkpoint's tensors.
 
     Raises InputError where neither can be read.
     """
@@ -33,7 +33,7 @@ def transformer_config(paths: ModelPaths) -> TransformerConfig:
 
 
 def pipeline_options(args: Namespace, paths: ModelPaths) -> dict:
-    """Return what the flags say about how the pipeline is built, as its arguments.
+    """Return the keyword arguments of the pipeline that the flags stand for.
 
     Raises InputError where the processes cannot share the video, or it does not fit into memory.
     """
@@ -78,7 +78,7 @@ def clip_memory(
 ) -> dict[str, int]:
     """Return the bytes that a clip will take on the device, by part, weights and VAE aside.
 
-    The cache is counted; activations are a rule of thumb, on the safe side.
+    The cache is computed exactly; activations are a conservative estimate.
     """
     _, clip, _, height, width = config.image_or_video_shape
     tokens = height * width // 4 // ranks
@@ -115,7 +115,7 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
 def vae_memory(config: PipelineConfig, batch: int, base_dim: int, itemsize: int, low_memory: bool) -> int:
     """Return the bytes of the VAE's activations.
 
-    Counted in pixel frames of its widest layer: 23 that its convolutions keep, and 7 for each frame that goes through.
+    Estimated in frames of its widest layer: its convolutions cache 23, and each frame decoded at a time takes 7.
     """
     height, width = config.image_or_video_shape[-2:]
     return (23 + 7 * (1 if low_memory else 12)) * batch * 64 * height * width * base_dim * itemsize

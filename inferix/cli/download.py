@@ -20,7 +20,7 @@ def wanted_files(names: list[str]) -> list[RemoteFile]:
 
 
 def fetch(file: RemoteFile, weights: Path) -> None:
-    """Fetch one file; what an interrupted call left is gone on with."""
+    """Fetch one file, continuing an interrupted download."""
     if file.url is not None:
         fetch_url(file.url, file.path(weights))
         return
@@ -49,7 +49,7 @@ def fetch_url(url: str, path: Path) -> None:
 
 
 def main(weights: Path, words: list[str]) -> None:
-    """Print what is there and what is not, and without ``--dry-run`` fetch the latter."""
+    """Print which files are present, and without ``--dry-run`` fetch the missing ones."""
     missing = []
     for file in wanted_files([word for word in words if word != "--dry-run"] or list(DEFAULT)):
         path = file.path(weights)

@@ -1,4 +1,4 @@
-"""What the programs that measure share: errors and their limits, tables, plots, JSON."""
+"""Shared by the benchmarks and the comparison: errors and their limits, tables, plots, JSON."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def axes(path: Path, rows: int = 1, width: float = 8, height: float = 4) -> Iter
 def plot_errors_by_block(
     errors: Mapping[str, Sequence[float]], gains: Mapping[str, Sequence[float]], path: Path
 ) -> None:
-    """Draw relative error and gain of the latents, block by block, of every setting: does the error grow?"""
+    """Draw relative error and gain of the latents, block by block, of every setting."""
     with axes(path, rows=2, height=7) as (upper, lower):
         for panel, results in ((upper, errors), (lower, gains)):
             for name, values in results.items():
@@ -111,7 +111,7 @@ def machine_name() -> str:
 
 
 def write_report(path: Path, results: Mapping) -> None:
-    """Write ``results`` as JSON, with the machine, the PyTorch version and the command. What is no number becomes null."""
+    """Write ``results`` as JSON, with the machine, the PyTorch version and the command. NaN and infinities become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine_name(), "torch": torch.__version__, "command": sys.argv, **results}
     complete = path.with_suffix(".tmp")  # a run that is cut off leaves the last report whole
@@ -120,7 +120,7 @@ def write_report(path: Path, results: Mapping) -> None:
 
 
 def _finite(content: Any) -> Any:
-    """Return ``content`` with None for floats that JSON has no word for."""
+    """Return ``content`` with None in place of NaN and infinities, which JSON cannot hold."""
     if isinstance(content, Mapping):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def saturating_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast x to ``dtype``; values that float8_e4m3fn cannot hold become its largest one.
 
-    Queries and keys come out of an RMS norm and values are of their size, so that no scale is needed: e4m3 has the same
+    No scale is needed, because queries and keys are RMS-normalised and values are of similar magnitude: e4m3 has the same
     relative precision from 2^-6 to 448.
     """
     return x.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else x.to(dtype)
@@ -111,7 +111,7 @@ def partial_attention(
 def _attention_by_part(
     kernel: Callable, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], value_mean: Tensor
 ) -> PartialAttention:
-    """Attend to every part on its own. Consecutive parts of one length are the entries of one batch: a single launch."""
+    """Attend to every part on its own; consecutive parts of equal length form one batch, for a single launch."""
     outs, lses = [], []
     for length, parts_of_length in groupby(parts, key=lambda part: part.length):
         group = list(parts_of_length)

@@ -105,7 +105,7 @@ FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
 
 @cache
 def flash_attention_3(device: torch.device) -> Kernel | None:
-    """Return FlashAttention-3's kernel where it is installed and gives what PyTorch gives; None, with a warning, otherwise."""
+    """Return FlashAttention-3's kernel; None where it is not installed, or, with a warning, fails or gives wrong results."""
     for name in FLASH_ATTENTION_3:
         if not _is_installed(name) or torch.cuda.get_device_capability(device) != (9, 0):
             continue
@@ -146,8 +146,8 @@ def _verified_flash_attention_3(function: Callable, device: torch.device) -> Ker
 def fa3_num_splits(batch: int, tokens: int, keys: int, heads: int, processors: int) -> int:
     """Return the number of splits of the keys that FlashAttention-3 is fastest with.
 
-    A model of its time fitted to an H100: rounds of tiles of 128 queries, each taking its share of the keys, plus what
-    each split's partial results cost to write and read (53 ns for 100 rows of queries; 10.8 ns a key and round).
+    Minimizes a model of its time fitted to an H100: rounds of tiles of 128 queries over each split's keys, plus writing and
+    reading each split's partial results (53 ns for 100 rows of queries; 10.8 ns a key and round).
     """
     rows = batch * tokens * heads
     rounds = math.ceil(tokens / 128) * batch * heads / processors
@@ -177,7 +177,7 @@ UIDS = {name: uid for uid, name in enumerate(("q", "k", "v", "out", "lse", *FP8_
 def cudnn_fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Result:
     """float8_e4m3fn, both products in 8 bits. The result is in e4m3 too, times ``FP8_OUTPUT_SCALE``.
 
-    Hopper sums 8-bit products with about 14 bits: the values should have no mean, or the sums lose magnitude.
+    The values should have zero mean: Hopper sums 8-bit products with about 14 bits, and sums of one sign lose magnitude.
     """
     import cudnn
 

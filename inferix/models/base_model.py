@@ -55,7 +55,7 @@ class WanCheckpoint:
         self.transformer_folder = self.folder / "transformer" if self.diffusers else self.folder
         self.has_transformer = any(self.transformer_folder.glob("diffusion_pytorch_model*"))
         self.has_config = (self.transformer_folder / "config.json").exists()
-        """Whether ``config`` is known; otherwise a checkpoint's tensors tell it, and until then it is the 1.3B model's."""
+        """Whether ``config`` is known, from a file or from the weights; if not, it is the 1.3B model's until a checkpoint is loaded."""
         self.config = TransformerConfig()
         if self.has_config:
             self.config = TransformerConfig.from_json(self.transformer_folder / "config.json")

@@ -37,7 +37,7 @@ class WindowConfig:
     def sink_position(self, end: int) -> int:
         """Return the position of the first sink frame once the frames before ``end`` are in the window.
 
-        Differences of positions are all that attention sees, so the other frames stay where they are in the video.
+        Attention depends on differences of positions only, so the other frames keep their positions in the video.
         """
         return max(0, end - self.num_frames) if self.relative_positions else 0
 
@@ -85,7 +85,7 @@ class KVCache:
         self.graphs = CUDAGraphs() if device.type == "cuda" else None
         """Captured forwards that read and write this cache."""
         self.recached = False
-        """Whether a whole window has been run once, which compiles."""
+        """Whether a whole window has been recomputed once; the first time compiles."""
         self.allocate()
 
     def allocate(self) -> None:
@@ -111,10 +111,10 @@ class KVCache:
         """Wait until the layer's keys and values of earlier frames are on the device."""
 
     def release(self, layer: int) -> None:
-        """Say that the layer's keys and values have been read."""
+        """Mark the layer's keys and values as read; an offloaded layer is copied back to host memory."""
 
     def set_positions(self, frames: Sequence[int], keep_sinks: bool = True) -> None:
-        """Say which frames of the video the following forwards compute.
+        """Set which frames of the video the following forwards compute.
 
         Args:
             frames: consecutive positions, the last ones in the window.
@@ -133,7 +133,7 @@ class KVCache:
 
     @property
     def graph_key(self) -> tuple[tuple, tuple]:
-        """Which memory a forward for the current frames reads and writes, and the shapes of what it reads and writes."""
+        """Return a key for the memory that a forward for the current frames reads and writes, and one for the shapes."""
         parts = self.parts() if self.value_means is not None else []
         memory = (*self.slots, self.num_valid_frames, *parts)
         lengths = tuple(part.length for part in parts)

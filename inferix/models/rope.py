@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """[...] timesteps in [0, 1000] to [..., dim]: cosines, then sines (Wan's order), angles taken in float64."""
+    """Return the embedding [..., dim] of timesteps [...] in [0, 1000], angles in float64: cosines, then sines (Wan's order)."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
     angles = timestep.double()[..., None] * frequencies
@@ -13,9 +13,9 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 def rope_table(frame_index: Tensor, height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [F*height*width, 1, head_dim/2], of the 3D rotary embedding (RoFormer, arXiv 2104.09864).
+    """Return cosines and sines, each [F*height*width, 1, head_dim/2], of the 3D rotary embedding (arXiv 2104.09864).
 
-    A head's complex pairs are shared out over time, row and column; time gets what a third leaves over.
+    A head's complex pairs are divided among time, row and column: a third each, and time gets the remainder.
     ``frame_index`` [F] holds absolute frame positions, ``height`` and ``width`` count tokens.
     """
     device = frame_index.device

@@ -33,7 +33,7 @@ class FlowMatchScheduler:
     def steps(self, timesteps: Sequence[int], warp: bool) -> list[DenoisingStep]:
         """Return the steps at descending ``timesteps`` in (0, 1000].
 
-        ``warp`` takes them as places in the training schedule, of which 1000 is the first, instead of timesteps.
+        With ``warp`` they are indices of the training schedule, counted down from 1000, instead of timesteps.
         """
         given = torch.tensor(timesteps, dtype=torch.float32)
         if warp:
@@ -51,5 +51,5 @@ class FlowMatchScheduler:
 
     @staticmethod
     def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        """Return clean latents brought to the noise level ``sigma``, computed in float32."""
+        """Return clean latents with noise added to the level ``sigma``, computed in float32."""
         return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)

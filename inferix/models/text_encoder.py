@@ -46,7 +46,7 @@ def convert_umt5_to_transformers(state: StateDict) -> StateDict:
 
 
 def umt5_config(state: StateDict) -> UMT5Config:
-    """Return the sizes read off the tensors (original names); the file has no config."""
+    """Return the config inferred from the tensors (original names); the file has none."""
     try:
         vocab_size, d_model = state["token_embedding.weight"].shape
         num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
@@ -65,7 +65,7 @@ def umt5_config(state: StateDict) -> UMT5Config:
 
 
 def clean(prompt: str) -> str:
-    """Mend broken Unicode and HTML entities and fold white space, as Wan does before it tokenizes."""
+    """Fix broken Unicode and HTML entities and collapse white space, as Wan does before tokenizing."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
@@ -133,7 +133,7 @@ class TextEncoder:
         return self
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Yield every block, on the device, to be changed; it goes back to where it was when the next is asked for."""
+        """Yield every block, moved to the device, to be modified; it is moved back when the next one is requested."""
         self.version += 1
         for block in self.model.encoder.block:
             home = next(block.parameters()).device

@@ -238,7 +238,7 @@ class FusedStage(nn.Module):
 
 
 def to_frames(groups: Tensor, reader: FusedMemoryBlock, feat_cache: FeatCache) -> Tensor:
-    """[B, T, H+1, W+1, 2, 2, n, C] from a ``FusedStage`` to [B, 1+n*T, 2*H, 2*W, C], behind what ``reader`` remembers."""
+    """Map [B, T, H+1, W+1, 2, 2, n, C] of a ``FusedStage`` to [B, 1+n*T, 2*H, 2*W, C], the frame cached for ``reader`` first."""
     batch, time, height, width, _, _, num, channels = groups.shape
     height, width = height - 1, width - 1
     frames = feat_cache.prepend(reader, groups, num=1, shape=(batch, num * time, 2 * height, 2 * width, channels))
@@ -286,8 +286,8 @@ class FusedHead(nn.Module):
 class TinyDecoder(nn.Module):
     """The decoder of ``model``, with copies of its weights, for ``ClipDecoder``.
 
-    Activations are [B, T, H, W, C], and all frames of a call go through together, as in ``VAEDecoder``. What it remembers
-    of a clip is the last frame that each memory block read.
+    Activations are [B, T, H, W, C], and all frames of a call go through together, as in ``VAEDecoder``. Its state
+    between calls is the last frame that each memory block read.
     """
 
     def __init__(self, model: TAEHV):

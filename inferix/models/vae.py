@@ -22,7 +22,7 @@ from inferix.models.clip_decoder import ClipDecoder
 from inferix.models.vae_decoder import VAEDecoder
 
 FRAMES_AT_ONCE = 3
-"""Latent frames that go through the decoder together; bounds its memory, however long the piece."""
+"""Latent frames that are decoded together, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DecodeRequest:
 
 
 def vae_config(state: StateDict) -> dict:
-    """Read the widths off the tensors (original names): the file comes without a config."""
+    """Return the config inferred from the tensors (original names); the file has none."""
     try:
         base_dim = state["encoder.conv1.weight"].shape[0]
         widest = state["encoder.middle.0.residual.2.weight"].shape[0]
@@ -71,7 +71,7 @@ class VAE(ABC):
         self.decoder = decoder
         self.mean, self.std = mean.view(1, 1, -1, 1, 1), std.view(1, 1, -1, 1, 1)
         self.low_memory = False
-        """Decode fewer frames at a time, and without CUDA graphs, which keep the memory that they work in."""
+        """Decode fewer frames at a time, and without CUDA graphs, whose memory stays allocated."""
         self.pool: list[ClipDecoder] = []
         """Decoders of streams that have ended, for the next stream: their memory and the graphs that belong to it."""
         self.context_parallel: ContextParallel | None = None

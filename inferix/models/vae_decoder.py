@@ -4,8 +4,8 @@ It takes its weights from diffusers' ``AutoencoderKLWan`` and computes the same 
 
 - Activations are [B, T, H, W, C] everywhere. A convolution reads them, permuted, as channels-last, so that no layout is
   ever converted, and the norm over channels is a norm over rows.
-- All latent frames of a call go through together. A causal convolution reads them behind the last two frames of the call
-  before: the norm in front of it writes into that place.
+- All latent frames of a call go through together. A causal convolution reads them from a buffer that begins with
+  the last two frames of the previous call; the norm before it writes into that buffer.
 - A convolution's bias, and the sum with the residual, are added by the norm that reads the result, in the same pass.
 - Nothing depends on data, so that a call can be captured in a CUDA graph.
 
@@ -28,7 +28,7 @@ EPSILON = 1e-24
 
 
 def as_base(tensor: Tensor) -> Tensor:
-    """Return a tensor on the same memory that is not a view: for a view the compiler starts anew with every base shape.
+    """Return a tensor on the same memory that is not a view: of views, each base shape would be compiled anew.
 
     Parameters are returned as they are, so that the compiler takes their shape, the channels, as fixed.
     """
@@ -77,7 +77,7 @@ def add_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
 @compiled_on_gpu
 def to_pixels(taps: Tensor, bias: Tensor) -> Tensor:
-    """Sum what three frames in a row give to the last of them: [B, 2+T, H, W, 9 or more] to [B, T, 3, H, W] in [0, 1]."""
+    """Sum what three consecutive frames add to the last of them: [B, 2+T, H, W, 9 or more] to [B, T, 3, H, W] in [0, 1]."""
     oldest, middle, newest = taps[:, :-2, ..., 0:3], taps[:, 1:-1, ..., 3:6], taps[:, 2:, ..., 6:9]
     pixels = oldest.float() + middle.float() + newest.float() + bias.float()
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 4, 2, 3).contiguous()
@@ -98,7 +98,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
-    """``F.conv3d``; for float32 on a CPU by oneDNN, where PyTorch left alone may take a path ten times slower."""
+    """``F.conv3d``; for float32 on a CPU by oneDNN, because PyTorch's own choice may be ten times slower."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride=(1, 1, 1), dilation=(1, 1, 1), groups=1)
     return F.conv3d(x, weight, bias, padding=padding)
@@ -269,7 +269,7 @@ class Head(nn.Module):
     """The last norm and convolution, to pixels.
 
     With three output channels a 3x3x3 convolution leaves the hardware idle. Here every frame is convolved once, for all
-    three places in time that it can take (nine channels), and those nine are what is kept of a frame.
+    three positions in time that it can have (nine channels), and those nine channels are cached.
     """
 
     def __init__(self, norm: Any, conv: Any, bias: Tensor):
@@ -316,7 +316,7 @@ class VAEDecoder(nn.Module):
                 bias = None
         self.layers = nn.ModuleList(layers)
         self.last_upsample = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
-        """The first layer behind the last one that doubles the frames."""
+        """Index of the first layer after the last one that doubles the frames."""
         self.head = Head(source.norm_out, source.conv_out, bias)
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:

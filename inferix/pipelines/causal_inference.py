@@ -98,8 +98,8 @@ class CausalInferencePipeline:
     def to_device(self, low_memory: bool = False) -> None:
         """Move all parts to the device, in the dtype they run in, and compile the transformer on a GPU.
 
-        With ``low_memory`` the weights of the text encoder and the cache stay in host memory, from where those of one layer
-        at a time are copied, and the VAE decodes frame by frame.
+        With ``low_memory`` the text encoder's weights and the cache stay in host memory, one layer at a time is copied to the
+        device, and the VAE decodes frame by frame.
         """
         self.low_memory = low_memory
         self.generator.model.to(self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""What the pipelines share: building the parts, loading weights, encoding prompts, saving files."""
+"""The base class of the pipelines: builds the parts, loads weights, encodes prompts, saves files."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,7 +140,7 @@ class Pipeline:
         return len(changed)
 
     def setup_devices(self, low_memory: bool = False) -> None:
-        """Move every part to the device in the dtype it runs in; ``low_memory``: no more of it there than necessary.
+        """Move every part to the device in the dtype it runs in; ``low_memory``: offload what is idle.
 
         Raises InputError where the transformer has no weights yet.
         """

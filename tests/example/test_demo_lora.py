@@ -37,7 +37,7 @@ def generate(folder: Path, scenes: list[Scene], **variables: str) -> tuple[list[
     script = ROOT / "example/quantization/self_forcing_quantized.sh"
     result = subprocess.run([script], cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-    frames = [np.stack(list(iio.imiter(path, plugin="FFMPEG"))) for path in sorted(folder.iterdir())]
+    frames = [np.stack(list(iio.imiter(path, plugin="FFMPEG"))) for path in sorted(folder.glob("*.mp4"))]
     assert [video.shape for video in frames] == [(21, 128, 128, 3)] * len(scenes)
     return [torch.from_numpy(video).permute(0, 3, 1, 2) / 255 for video in frames], result.stdout
 

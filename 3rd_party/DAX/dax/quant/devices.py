@@ -1,4 +1,4 @@
-"""What a device can multiply."""
+"""Which 8-bit types a device can multiply."""
 
 import torch
 

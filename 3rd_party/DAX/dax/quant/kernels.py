@@ -1,10 +1,10 @@
 """Triton kernels for GPUs; `functional` computes the same without them.
 
-An int8 product with the scales in its epilogue: `torch._int_mm` writes its int32 result to memory, four bytes an element,
-for another kernel to read, scale and write again. Here the sums never leave the registers.
+`int8_scaled_mm` is an int8 product with the scales in its epilogue. `torch._int_mm` writes its int32 result to memory, four
+bytes an element, for another kernel to read, scale and write again; here the sums stay in registers until they are scaled.
 
-GELU followed by quantization: a row of a feed-forward is thousands of values, and what `torch.compile` generates holds
-them in the next power of two, 16384 for Wan 1.3B's 8960. Here a row is two powers of two, 8192 and 1024.
+`gelu_quantize` is GELU followed by quantization. `torch.compile` pads a row to the next power of two, 16384 for the 8960
+values of Wan 1.3B's feed-forward; here a row is two powers of two, 8192 and 1024.
 """
 
 import torch

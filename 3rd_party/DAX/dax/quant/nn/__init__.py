@@ -1,4 +1,4 @@
-"""Linear layers with 8-bit weights: `dynamic` scales activations as they come, `quantized` by a calibrated scale."""
+"""Linear layers with 8-bit weights: activation scales from each input (`dynamic`) or from calibration (`quantized`)."""
 
 from dax.quant.nn import dynamic, quantized
 

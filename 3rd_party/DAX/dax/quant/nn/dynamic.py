@@ -22,7 +22,7 @@ class Linear(QuantizedLinear):
     __doc__ = QuantizedLinear.__doc__
 
     process_group: ProcessGroup | None = None
-    """Ranks that each hold some rows of every activation: a per-tensor scale is then that of all their rows. It belongs
+    """Ranks that each hold some rows of every activation and share one per-tensor scale for all rows. The group belongs
     to a run: neither saved nor copied with the layer."""
 
     @classmethod

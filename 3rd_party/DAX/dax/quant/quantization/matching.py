@@ -32,7 +32,7 @@ def deciding_key(name: str, keys: Mapping[str, object]) -> str | None:
 
 
 def lookup(name: str, qconfig_dict: Mapping[str, Value | None]) -> Value | None:
-    """Return what `qconfig_dict` says of the module `name`; None: keep it in float."""
+    """Return the QConfig of the module `name` by `qconfig_dict`; None: keep it in float."""
     key = deciding_key(name, qconfig_dict)
     return None if key is None else qconfig_dict[key]
 

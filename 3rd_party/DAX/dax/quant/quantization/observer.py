@@ -1,4 +1,4 @@
-"""What calibration remembers of a layer's inputs."""
+"""Observers: collect the range of a layer's inputs during calibration."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class AbsMaxObserver(nn.Module):
             self.absmax.copy_(torch.maximum(self.absmax, x.detach().abs().amax()))
 
     def scale(self, dtype: torch.dtype) -> Tensor:
-        """Return the activation scale for `dtype`. Raises ValueError if it saw nothing, a NaN or an infinity."""
+        """Return the activation scale for `dtype`. Raises ValueError if no input, a NaN or an infinity was observed."""
         if self.absmax < 0:
             raise ValueError("calibration never reached it: run the prepared model before convert")
         if not self.absmax.isfinite():
@@ -31,7 +31,7 @@ class AbsMaxObserver(nn.Module):
 
 
 def observe_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Show the input of `module` to its observer: a forward pre-hook.
+    """Forward pre-hook: pass the input of `module` to its observer.
 
     It is a function of its own, because a closure would not follow a copy of the model.
     """

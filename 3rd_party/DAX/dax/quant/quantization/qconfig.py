@@ -11,7 +11,7 @@ from dax.quant.qscheme import QScheme, per_channel_symmetric, per_tensor_symmetr
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 NAMES = {str(value).removeprefix("torch."): value for value in (*FP8, torch.int8)} | {q.value: q for q in QScheme}
-"""How a file spells the types and the schemes."""
+"""Names of the types and the schemes in files."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def get_fp8_per_channel_weight_qconfig(activation_dtype: torch.dtype = torch.flo
 
 
 SHORT = {"fp8": QConfig(torch.float8_e4m3fn), "int8": QConfig(torch.int8)}
-"""What a file may say in one word: a scale for each token and each output channel."""
+"""Short names for files: each has a scale for every token and every output channel."""
 
 METADATA = "__metadata__"
-"""In a file, the key of what is about the file itself, not about a module (as in a safetensors header)."""
+"""Key of a file's metadata, which stands beside the module names (as in a safetensors header)."""
 
 
 def read_qconfig_dict(content: object) -> dict[str, QConfig | None]:
@@ -127,7 +127,7 @@ def read_qconfig_dict(content: object) -> dict[str, QConfig | None]:
 
 
 def read_entry(name: object, value: object) -> QConfig | None:
-    """Return what a file says of the module `name`. Raises ValueError, naming it, for what it cannot say."""
+    """Return the QConfig that a file has for the module `name`. Raises ValueError, naming it, for a malformed entry."""
     if not isinstance(name, str):
         raise ValueError(f"{name!r}: the name of a module is text (quote it)")
     if value is None:

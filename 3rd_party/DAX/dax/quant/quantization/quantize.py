@@ -24,7 +24,7 @@ def quantize_dynamic(
     """Replace the Linear layers of `model` by 8-bit ones that compute activation scales from each input.
 
     Forward and backward hooks are carried over. `nn.TransformerEncoder`'s fast path, which multiplies in float without
-    calling the layers, is turned off where it would go round a quantized one. Linears that share a weight share the
+    calling the layers, is turned off where it would bypass a quantized one. Linears that share a weight share the
     quantized one.
 
     Args:
@@ -93,8 +93,8 @@ def set_process_group(model: nn.Module, group: torch.distributed.ProcessGroup | 
     """Let the ranks of `group` share the per-tensor activation scales of the dynamic layers of `model`.
 
     It is for models whose ranks each hold some rows of every activation: a scale is then that of all their rows. All
-    ranks have to call the layers in the same order. None takes it back. What `fuse` and `torch.compile` made of the
-    layers before has to be made again.
+    ranks have to call the layers in the same order. None turns sharing off. Call `fuse` and `torch.compile` again
+    after it.
     """
     for module in model.modules():
         if isinstance(module, dynamic.Linear):

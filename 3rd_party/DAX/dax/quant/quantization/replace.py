@@ -79,7 +79,7 @@ def named_errors(name: str) -> Iterator[None]:
 
 
 def check_hooks(module: nn.Module) -> None:
-    """Raises ValueError if `module` has something hooked into it that its 8-bit layer cannot take over."""
+    """Raises ValueError if `module` has a hook or a replaced `forward` that its 8-bit layer cannot take over."""
     if "forward" in vars(module):
         raise ValueError("its forward was replaced (accelerate and diffusers do so): quantize before that, or undo it")
     if hooked := [attribute for attribute in STATE_HOOKS if getattr(module, attribute, None)]:
