@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import io
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from chromium import Page, chromium
 from conftest import ROOT
 from live import LIMIT, Script, Viewer, state, until
 from pictures import BACKGROUNDS, BLUE, COLORS, READ_PIXELS, RECORD_TIMESTAMPS, RED, segment, shows, until_shown
+from PIL import Image
 from processes import Process
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
@@ -209,6 +211,31 @@ async def refuses(session: ClientSession) -> None:
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
 
 
+def test_an_image_that_is_sent_begins_a_video(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200), (30, 60, 200)).save(file, "PNG")
+
+    async def body(script: Script):
+        async with ClientSession(script.url()) as session:
+            await until(session, lambda now: now["block"] >= 1)
+            headers = {"Content-Type": "image/png"}
+            async with session.post("/image", data=file.getvalue(), headers=headers) as reply:
+                assert (await reply.json())["has_image"]
+            async with session.post("/prompt", json={"prompt": BLUE.prompt}) as reply:
+                assert (await reply.json())["next_prompt_block"] is None
+            now = await until(session, lambda now: now["prompt"] == BLUE.prompt and now["block"] >= 2)
+            assert not now["has_image"] and now["prompt_block"] == 1
+            async with session.post("/control", json={"action": "close"}) as reply:
+                assert reply.status == 200
+
+    with Script("self_forcing", tmp_path / "out", PROMPT=RED.prompt, NUM_OUTPUT_FRAMES="21") as script:
+        asyncio.run(body(script))
+        assert script.wait(LIMIT).returncode == 0
+    (path,) = script.folder.glob("A-blue*.mp4")
+    red, green, blue = video(path)[0].mean(dim=(1, 2)).tolist()
+    assert blue > 0.5 and red < 0.35 and green < 0.45
+
+
 def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
     with Script("self_forcing", tmp_path / "out", NUM_OUTPUT_FRAMES="3", WEBRTC_EXIT="1") as script:
         assert script.wait(LIMIT).returncode == 0
@@ -241,7 +268,7 @@ def test_an_output_folder_that_goes_away_ends_no_live_video(replace, tmp_path):
     if replace:
         assert script.folder.read_bytes() == b""
     else:
-        (path,) = script.folder.iterdir()
+        (path,) = script.folder.glob("*.mp4")
         assert len(video(path)) >= 12
 
 
