@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from inferix.config import PipelineConfig
 from inferix.models.config import TransformerConfig
 from inferix.runtime.memory import num_bytes
+from quantization import HIGH_PRECISION
 
 
 def quantize_with_torchao(transformer: nn.Module) -> None:
@@ -17,7 +18,7 @@ def quantize_with_torchao(transformer: nn.Module) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     def wanted(module, name):
-        return isinstance(module, nn.Linear) and not name.startswith(("condition_embedder", "proj_out"))
+        return isinstance(module, nn.Linear) and not name.startswith(tuple(HIGH_PRECISION))
 
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(transformer, config, filter_fn=wanted)

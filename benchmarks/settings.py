@@ -14,11 +14,12 @@ from dax.quant.quantization import qconfig as qconfigs
 from dax.quant.quantization import quantize_dynamic
 from inferix.config import ParallelConfig
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from quantization import HIGH_PRECISION
 
 
 def dax(make_qconfig: Callable) -> Callable[[nn.Module], object]:
     """Return a function that quantizes a transformer as the scripts do."""
-    return lambda model: quantize_dynamic(model, {"": make_qconfig(), "condition_embedder": None, "proj_out": None})
+    return lambda model: quantize_dynamic(model, {"": make_qconfig(), **HIGH_PRECISION})
 
 
 @dataclass(frozen=True)

@@ -40,24 +40,21 @@ from inferix.models.text_encoder import TextEncoder
 from inferix.pipelines.pipeline import Pipeline
 
 QConfigDict = dict[str, QConfig | None]
+HIGH_PRECISION: QConfigDict = {"condition_embedder": None, "proj_out": None}
+"""The modules that are not quantized by default: their precision matters and their time does not."""
 CALIBRATION_SEED = 1_000_000
 """Far from the seeds that people take for the videos they look at."""
 
 
 def quantize_transformer(transformer: nn.Module, quant_type: str = "fp8", granularity: str = "per_token") -> None:
-    """Quantize every Linear of ``transformer`` but those whose precision matters and whose time does not."""
+    """Quantize every Linear of ``transformer`` but those of ``HIGH_PRECISION``."""
     qconfigs = {
         ("fp8", "per_token"): get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
         ("fp8", "per_tensor"): get_default_dynamic_fp8_qconfig,
         ("int8", "per_token"): get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): get_default_dynamic_int8_qconfig,
     }
-    qconfig_dict = {
-        "": qconfigs[quant_type, granularity](),
-        "condition_embedder": None,
-        "proj_out": None,
-    }
-    quantize_dynamic(transformer, qconfig_dict)
+    quantize_dynamic(transformer, {"": qconfigs[quant_type, granularity](), **HIGH_PRECISION})
 
 
 def check_quantization(args: Namespace) -> None:

@@ -42,6 +42,7 @@ from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.pipeline import Pipeline
 from inferix.runtime.memory import num_bytes
 from inferix.video import VideoWriter
+from quantization import HIGH_PRECISION
 
 MODELS = {
     "self_forcing": SelfForcingPipeline,
@@ -64,7 +65,6 @@ PLOTTED_GROUPS = 10
 FULL = Setting("full precision", {})
 EVERYTHING = '""'
 """The default's key, as YAML writes it."""
-ENDS = {"condition_embedder": None, "proj_out": None}
 FP8, INT8, E5M2 = "float8_e4m3fn", "int8", "float8_e5m2"
 PER_TENSOR = {"weight_scheme": "per_tensor_symmetric", "activation_scheme": "per_tensor_symmetric"}
 STATIC = {"activation_scheme": "per_tensor_symmetric", "static": True}
@@ -74,23 +74,23 @@ def known_settings(last_block: int = 0) -> dict[str, Setting]:
     """Return every setting with a name; all but the ``-all`` ones keep the two ends of the transformer in high precision."""
     outer = {"blocks.0": None, f"blocks.{last_block}": None}
     settings = [
-        Setting("fp8", {"": "fp8", **ENDS}),
-        Setting("int8", {"": "int8", **ENDS}),
-        Setting("fp8-tensor", {"": {"dtype": FP8, **PER_TENSOR}, **ENDS}),
-        Setting("int8-tensor", {"": {"dtype": INT8, **PER_TENSOR}, **ENDS}),
-        Setting("int8-channel", {"": {"dtype": INT8, "activation_scheme": "per_tensor_symmetric"}, **ENDS}),
-        Setting("fp8-static", {"": {"dtype": FP8, **PER_TENSOR, **STATIC}, **ENDS}),
-        Setting("fp8-static-channel", {"": {"dtype": FP8, **STATIC}, **ENDS}),
-        Setting("fp8-e5m2", {"": {"dtype": FP8, "activation_dtype": E5M2}, **ENDS}),
-        Setting("fp8-outer", {"": "fp8", **outer, **ENDS}),
-        Setting("int8-outer", {"": "int8", **outer, **ENDS}),
-        Setting("fp8-rotation", {"": {"dtype": FP8, "rotation": True}, **ENDS}),
-        Setting("int8-rotation", {"": {"dtype": INT8, "rotation": True}, **ENDS}),
+        Setting("fp8", {"": "fp8", **HIGH_PRECISION}),
+        Setting("int8", {"": "int8", **HIGH_PRECISION}),
+        Setting("fp8-tensor", {"": {"dtype": FP8, **PER_TENSOR}, **HIGH_PRECISION}),
+        Setting("int8-tensor", {"": {"dtype": INT8, **PER_TENSOR}, **HIGH_PRECISION}),
+        Setting("int8-channel", {"": {"dtype": INT8, "activation_scheme": "per_tensor_symmetric"}, **HIGH_PRECISION}),
+        Setting("fp8-static", {"": {"dtype": FP8, **PER_TENSOR, **STATIC}, **HIGH_PRECISION}),
+        Setting("fp8-static-channel", {"": {"dtype": FP8, **STATIC}, **HIGH_PRECISION}),
+        Setting("fp8-e5m2", {"": {"dtype": FP8, "activation_dtype": E5M2}, **HIGH_PRECISION}),
+        Setting("fp8-outer", {"": "fp8", **outer, **HIGH_PRECISION}),
+        Setting("int8-outer", {"": "int8", **outer, **HIGH_PRECISION}),
+        Setting("fp8-rotation", {"": {"dtype": FP8, "rotation": True}, **HIGH_PRECISION}),
+        Setting("int8-rotation", {"": {"dtype": INT8, "rotation": True}, **HIGH_PRECISION}),
         Setting("fp8-all", {"": "fp8"}),
         Setting("int8-all", {"": "int8"}),
         Setting("fp8kv", {}, "fp8"),
-        Setting("fp8+fp8kv", {"": "fp8", **ENDS}, "fp8"),
-        Setting("int8+fp8kv", {"": "int8", **ENDS}, "fp8"),
+        Setting("fp8+fp8kv", {"": "fp8", **HIGH_PRECISION}, "fp8"),
+        Setting("int8+fp8kv", {"": "int8", **HIGH_PRECISION}, "fp8"),
     ]
     return {setting.name: setting for setting in settings}
 
