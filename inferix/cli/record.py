@@ -16,7 +16,7 @@ import torch
 import inferix
 from inferix.checkpoints.files import find_weights
 from inferix.cli.figures import machine_name
-from inferix.cli.manifest import Manifest, Record, video_key
+from inferix.cli.manifest import Manifest, Record
 from inferix.cli.model_paths import ROOT, resolve_model_paths
 from inferix.cli.report import quantization_name
 from inferix.config import FPS
@@ -145,6 +145,3 @@ def describe_length(args: Namespace, pipeline: Pipeline) -> dict[str, Any]:
     if args.model == "self_forcing":
         return {"num_output_frames": args.num_output_frames}
     return {"num_rollout": args.num_rollout or 3, "num_overlap_frames": args.num_overlap_frames}
-
-
-__all__ = ["Recorder", "output_folder", "video_key"]
