@@ -1,7 +1,6 @@
 """Where DAX and the pipelines meet: how the runners quantize the transformer, from flags, a file or saved weights."""
 
 import filecmp
-import hashlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from dax.quant.quantization.qconfig import (
     get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
     get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
 )
-from inferix.checkpoints.files import find_weights
+from inferix.checkpoints.files import file_hash, find_weights
 from inferix.cli.model_paths import display_path, resolve_model_paths
 from inferix.cli.prompts import example_prompt
 from inferix.cli.report import quantization_name
@@ -203,15 +202,10 @@ def quantize_text_encoder(text_encoder: TextEncoder, quant_type: str) -> None:
 def describe_model(args: Namespace) -> dict[str, str]:
     """Return which model a saved transformer is of: model family, checkpoint and its SHA-256, LoRAs, and settings."""
     paths, _ = resolve_model_paths(args)
-    digest = hashlib.sha256()
-    for path in find_weights(paths.checkpoint):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
     return {
         "model": args.model,
         "checkpoint": paths.checkpoint.name,
-        "checkpoint_sha256": digest.hexdigest(),
+        "checkpoint_sha256": file_hash(*find_weights(paths.checkpoint)),
         "loras": ";".join(f"{path.name}:{strength}" for path, strength in args.lora_path or ()),
         "quantization": quantization_name(args),
     }

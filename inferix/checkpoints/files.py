@@ -3,11 +3,13 @@
 Pickles are opened with ``weights_only``; everything else is safetensors. Only the tensors that are used are read.
 """
 
+import hashlib
 import json
 import pickle
 import re
 import struct
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,6 +132,21 @@ def parse_json(text: str, source: Path | str) -> dict:
         if not isinstance(content, dict):
             raise ValueError
     return content
+
+
+def file_hash(*paths: Path) -> str:
+    """Return the SHA-256 of files, one after the other. Files that have not changed since are not read again."""
+    return _hash(*((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@cache
+def _hash(*versions: tuple[Path, int]) -> str:
+    digest = hashlib.sha256()
+    for path, _ in versions:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def find_weights(path: Path) -> list[Path]:

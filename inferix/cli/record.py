@@ -1,20 +1,18 @@
 """What the manifest says of a video: how it was made, by what, and how fast."""
 
-import hashlib
 import os
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import inferix
-from inferix.checkpoints.files import find_weights
+from inferix.checkpoints.files import file_hash, find_weights
 from inferix.cli.figures import machine_name
 from inferix.cli.manifest import Manifest, Record
 from inferix.cli.model_paths import ROOT, resolve_model_paths
@@ -30,17 +28,6 @@ if TYPE_CHECKING:
 def output_folder(args: Namespace) -> Path:
     """Return where the videos go."""
     return args.output_folder or ROOT / "outputs"
-
-
-@cache
-def file_hash(*paths: Path) -> str:
-    """Return the SHA-256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Recorder:
