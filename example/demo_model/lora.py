@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
-import imageio.v3 as iio
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from generator import Batch, World  # noqa: E402
 from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from pretrained import DemoModel  # noqa: E402
 from score import score  # noqa: E402
-from world import LORA_COLORS, LORA_SCENES, SCENES, Scene  # noqa: E402
+from world import LORA_COLORS, LORA_SCENES, SCENES, Scene, save_rows  # noqa: E402
 
 
 class LowRank(nn.Module):
@@ -92,8 +91,8 @@ def train(demo: DemoModel, factors: dict[str, LowRank], args: argparse.Namespace
 
     def log(number: int, steps: int, **values: Tensor) -> None:
         if number % max(1, steps // 30) == 0 or number == steps - 1:
-            shown = "  ".join(f"{name} {value.item():.5f}" for name, value in values.items())
-            print(f"{number:5d}/{steps}  {shown}  {time.perf_counter() - start:.0f} s", flush=True)
+            text = "  ".join(f"{name} {value.item():.5f}" for name, value in values.items())
+            print(f"{number:5d}/{steps}  {text}  {time.perf_counter() - start:.0f} s", flush=True)
         if number % max(1, steps // 10) == 0:
             save(factors, args.output)
 
@@ -111,9 +110,7 @@ def report(demo: DemoModel, scenes: Sequence[Scene], title: str, picture: Path |
     right = {name: sum(result[name] for result in results) for name in results[0]}
     print(f"{title}: {sum(all(r.values()) for r in results)}/{len(scenes)} right, {right}", flush=True)
     if picture:
-        rows = videos[:, ::10].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(picture, (rows * 255).byte().cpu().numpy())
+        save_rows(picture, videos[:, ::10])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from export import BASE  # noqa: E402
 from inferix.models.tiny_vae import TAEHV, MemoryBlock  # noqa: E402
 from pretrained import DemoModel  # noqa: E402
 from vae import random_clips  # noqa: E402
-from world import SCENES, SIZE  # noqa: E402
+from world import SCENES, SIZE, save_rows  # noqa: E402
 
 ENCODER_WIDTH, DECODER_WIDTHS = 8, (48, 32, 16, 16)
 WINDOW = 64  # pixels
@@ -220,9 +219,7 @@ def report(model: TAEHV, clips: Clips, title: str, picture: Path) -> None:
     decoded = torch.cat([model.decode(clip).clamp(0, 1) for clip in latents.split(8)])
     apart = sorted(psnr(video, wanted) for video, wanted in zip(decoded, pixels))
     print(f"{title}: {psnr(decoded, pixels):.1f} dB to the VAE's pixels, {apart[0]:.1f} to {apart[-1]:.1f}", flush=True)
-    rows = torch.stack([pixels[:8, ::4], decoded[:8, ::4]], dim=1).flatten(0, 1)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(picture, (rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) * 255).byte().cpu().numpy())
+    save_rows(picture, torch.stack([pixels[:8, ::4], decoded[:8, ::4]], dim=1).flatten(0, 1))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,6 @@ import time
 from itertools import count
 from pathlib import Path
 
-import imageio.v3 as iio
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from score import CRITERIA, score  # noqa: E402
 from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
 from vae import build_vae, decode, encode, half_precision, normalize, train_on_clips, train_on_images, whole_clip  # noqa: E402
-from world import SCENES, STARTS, Scene, render_many  # noqa: E402
+from world import SCENES, STARTS, Scene, render_many, save_rows  # noqa: E402
 
 
 class Trainer:
@@ -197,8 +196,7 @@ class Trainer:
         right = {name: sum(result[name] for result in results) for name in CRITERIA}
         every = sum(all(result.values()) for result in results)
         print(f"{title}: {every}/{len(scenes)} right, {right}", flush=True)
-        picture = videos[:: max(1, len(videos) // 8), ::10].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        iio.imwrite(self.args.work_folder / f"{title}.png", (picture * 255).byte().cpu().numpy())
+        save_rows(self.args.work_folder / f"{title}.png", videos[:: max(1, len(videos) // 8), ::10])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
+import imageio.v3 as iio
 import torch
 
 SIZE = 128
@@ -109,3 +111,9 @@ def render_many(
     background = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=device)
     background = background[:, None, :, None, None]
     return background + cover * (color - background), cover
+
+
+def save_rows(path: Path, videos: torch.Tensor) -> None:
+    """Write a picture of videos [N, T, 3, H, W] in [0, 1]: one in a row, its frames side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, (videos.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) * 255).byte().cpu().numpy())
