@@ -136,7 +136,7 @@ def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConf
     cuda = torch.cuda.is_available()
     low = args.low_memory or (cuda and args.low_memory is None)
     weights, _, others = parameter_counts(model)
-    item, batch = 2 if cuda else 4, args.num_samples if args.enable_webrtc and args.model == "self_forcing" else 1
+    item, batch = 2 if cuda else 4, least_batch(args)
     needed = weights * (item if args.no_quantize else 1) + others * item
     cache_item = 1 if low or args.kv_cache_dtype == "fp8" else item
     offloaded = cuda and (low or args.enable_kv_offload)
@@ -148,6 +148,11 @@ def check_memory(args: Namespace, model: TransformerConfig, config: PipelineConf
             f"{batch} x {width}x{height} needs {needed / 1e9:.1f} GB of memory at least, of which there are {available / 1e9:.1f} GB: "
             "choose a smaller HEIGHT and WIDTH (--height, --width), fewer samples or a smaller model"
         )
+
+
+def least_batch(args: Namespace) -> int:
+    """Return how many videos must fit into memory at once: with the page all samples, else as many as do fit."""
+    return args.num_samples if args.enable_webrtc and args.model == "self_forcing" else 1
 
 
 def fitting_batch(args: Namespace, pipeline: Pipeline, num_samples: int) -> int:
@@ -170,7 +175,7 @@ def low_memory(args: Namespace, pipeline: Pipeline) -> bool:
     if args.low_memory is not None or pipeline.device.type != "cuda":
         return bool(args.low_memory)
     free, _ = torch.cuda.mem_get_info(pipeline.device)
-    batch = args.num_samples if args.enable_webrtc and args.model == "self_forcing" else 1  # else as many as fit
+    batch = least_batch(args)
     needed, small = (sum(gpu_memory(pipeline.pipeline, low, batch).values()) for low in (False, True))
     parallel, scarce = pipeline.pipeline.context_parallel, needed > free
     if not (parallel.any_rank(scarce) if parallel else scarce):  # all ranks do the same
