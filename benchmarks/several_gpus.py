@@ -264,9 +264,9 @@ def cells(row: Mapping) -> dict[str, str]:
 def tables(rows: list[dict]) -> str:
     """Return the figures, and errors and gains by block, as Markdown."""
     parts = [markdown_table(list(cells(rows[0])), [list(cells(row).values()) for row in rows])]
-    seen = [row for row in rows if USER_COLUMNS.keys() <= row.keys()]
-    if seen:
-        body = [[*(row[key] for key in KEYS), *(f"{row[key]:.4g}" for key in USER_COLUMNS)] for row in seen]
+    measured = [row for row in rows if USER_COLUMNS.keys() <= row.keys()]
+    if measured:
+        body = [[*(row[key] for key in KEYS), *(f"{row[key]:.4g}" for key in USER_COLUMNS)] for row in measured]
         parts.append(markdown_table([*KEYS, *USER_COLUMNS.values()], body))
     titles = {
         "error": "Relative error to the same setting on one GPU:",

@@ -60,7 +60,7 @@ with VideoWriter("a.mp4") as writer:
 with VideoWriter("b.mp4") as writer:
     writer.write(clip(5))
     tell(stopped)
-    while True:
+    for _ in range(3000):  # at least half a minute
         writer.write(clip(1))
         time.sleep(0.01)
 """

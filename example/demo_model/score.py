@@ -48,10 +48,10 @@ def segment(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     to_inside = torch.cdist(inside.nan_to_num(-1), PALETTE.to(video.device))
     color = to_inside.scatter(1, len(COLORS) + background[:, None], torch.inf).argmin(-1)
     # an antialiased edge pixel is half one, half the other: cut half way
-    foreground, behind = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(COLORS) + background]
-    axis = foreground - behind
-    share = ((pixels - behind[:, None]) * axis[:, None]).sum(-1) / axis.square().sum(-1, keepdim=True)
-    off_axis = (pixels - behind[:, None] - share[..., None] * axis[:, None]).norm(dim=-1)
+    foreground, background_color = PALETTE.to(video.device)[color], PALETTE.to(video.device)[len(COLORS) + background]
+    axis = foreground - background_color
+    share = ((pixels - background_color[:, None]) * axis[:, None]).sum(-1) / axis.square().sum(-1, keepdim=True)
+    off_axis = (pixels - background_color[:, None] - share[..., None] * axis[:, None]).norm(dim=-1)
     mask = (share > 0.5) | (off_axis > 0.35)
     return color, background, mask.view(len(video), *video.shape[2:])
 
@@ -93,15 +93,15 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
     expected = SPEED * (len(video) - 1)
     wanted = torch.cdist(torch.tensor([ALL_COLORS[scene.color]]), PALETTE).argmin()
     along, across = (moved[0] * dx + moved[1] * dy).item(), (moved[0] * dy + moved[1] * dx).abs().item()
-    seen = overlap.amax(1) >= MIN_OVERLAP  # exactly one known shape, of the right size
+    recognized = overlap.amax(1) >= MIN_OVERLAP  # exactly one known shape, of the right size
 
     def often(right: Tensor) -> bool:
         return right.float().mean().item() >= ENOUGH
 
     return {
-        "colour": often(seen & (color == wanted.item())),
-        "shape": often(seen & (overlap.argmax(1) == SHAPES.index(scene.shape))),
-        "direction": often(seen) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
+        "colour": often(recognized & (color == wanted.item())),
+        "shape": often(recognized & (overlap.argmax(1) == SHAPES.index(scene.shape))),
+        "direction": often(recognized) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),
     }
 

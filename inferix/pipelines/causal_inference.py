@@ -283,7 +283,8 @@ class CausalInferencePipeline:
         """Take a new prompt from the block at frame ``start`` on.
 
         The clean latents in the window are run once more, in one forward, so that the cache holds what the new prompt makes
-        of them (LongLive, arXiv 2509.22622). With ``cross_attention`` only the prompt's own keys and values change. With ``global_sink`` the sink frames keep theirs once the window has rolled.
+        of them (LongLive, arXiv 2509.22622). With ``cross_attention`` only the prompt's own keys and values change. With
+        ``global_sink`` the sink frames keep theirs once the window has rolled.
         """
         self.generator.set_prompt(prompt.embeds)
         if start == 0 or (prompt.switch or self.config.prompt_switch) == "cross_attention":

@@ -25,6 +25,6 @@ def randn(shape: Sequence[int], generator: torch.Generator | None, device: torch
     """Return one draw of standard normal noise [B, ...], made on the generator's device so that a seed means the same anywhere."""
     source = generator.device if generator is not None else device
     if isinstance(generator, SampleGenerator):
-        whole = torch.randn((generator.num_samples, *shape[1:]), generator=generator, device=source, dtype=dtype)
-        return whole[list(generator.samples)].to(device)
+        noise = torch.randn((generator.num_samples, *shape[1:]), generator=generator, device=source, dtype=dtype)
+        return noise[list(generator.samples)].to(device)
     return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)

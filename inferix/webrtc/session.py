@@ -90,7 +90,7 @@ class Session:
         """Frames of the clip so far."""
         self.has_generated = False
         """Whether any clip has got a frame."""
-        self.shown: list[Entry] = []
+        self.clip_prompts: list[Entry] = []
         """The prompts of the clip so far."""
         self.was_steered = False
         """Whether one of them was typed."""
@@ -168,8 +168,8 @@ class Session:
                     typed, self.next_prompt, self.was_steered = self.next_prompt, None, True
                     self.sent.append((block, self.sent_time))
                 prompt = prompt if typed is None else typed
-                if not self.shown or self.shown[-1].prompt != prompt:
-                    self.shown.append(Entry(block, Prompt.of(prompt)))
+                if not self.clip_prompts or self.clip_prompts[-1].prompt != prompt:
+                    self.clip_prompts.append(Entry(block, Prompt.of(prompt)))
                     self.prompt, self.note, self.prompt_block = prompt, None, self.current
                     self._remember(prompt)
             last = block
@@ -191,7 +191,7 @@ class Session:
             self.block, self.num_blocks, self.first_frame_seconds = 0, num_blocks, None
             self.first_frame, self.num_frames = first_frame, 0
             self.sent.clear()
-            self.current, self.prompt_block, self.shown, self.was_steered = 0, 0, [], False
+            self.current, self.prompt_block, self.clip_prompts, self.was_steered = 0, 0, [], False
             if self.status not in ("paused", "closing"):
                 self.status = "generating"
             self.block_start = time.monotonic()
@@ -199,7 +199,7 @@ class Session:
     def end_clip(self) -> Storyboard | None:
         """Return the prompts of the clip that ends where one of them was typed, None otherwise."""
         with self.changed:
-            return Storyboard(tuple(self.shown)) if self.was_steered else None
+            return Storyboard(tuple(self.clip_prompts)) if self.was_steered else None
 
     def show(self, frames: Tensor) -> None:
         """Queue a block's frames [t, 3, H, W] in [0, 1] for playing; return after the pause where there is one."""
@@ -266,7 +266,7 @@ class Session:
 
     def _label_frame(self) -> tuple[str | None, float | None]:
         """Return the prompt of the clip's next frame, and when it was sent where this is the first one that it changes."""
-        begun = [entry for entry in self.shown if self.first_frame(entry.block) <= self.num_frames]
+        begun = [entry for entry in self.clip_prompts if self.first_frame(entry.block) <= self.num_frames]
         is_new = self.sent and self.first_frame(self.sent[0][0]) <= self.num_frames
         self.num_frames += 1
         return begun[-1].prompt if begun else None, self.sent.popleft()[1] if is_new else None
@@ -310,7 +310,7 @@ class Session:
     def storyboard(self) -> Storyboard | None:
         """Return the prompts of the clip so far; None before the first one."""
         with self.changed:
-            return Storyboard(tuple(self.shown)) if self.shown else None
+            return Storyboard(tuple(self.clip_prompts)) if self.clip_prompts else None
 
     def control(self, action: str) -> bool:
         """Carry out pause, resume, stop (the clip) or close (the server); return False where it does not apply now."""

@@ -106,23 +106,23 @@ class Viewers:
         if len(self.connected) >= MAX_VIEWERS:
             await socket.close(code=1013, message=TOO_MANY.encode())
             return socket
-        places = asyncio.BoundedSemaphore(MAX_UNSEEN)
-        sending = asyncio.create_task(self._send_frames(socket, places))
+        slots = asyncio.BoundedSemaphore(MAX_UNSEEN)
+        sending = asyncio.create_task(self._send_frames(socket, slots))
         self._add(socket)
         try:
             async for _ in socket:
                 with suppress(ValueError):  # more than were sent
-                    places.release()
+                    slots.release()
         finally:
             sending.cancel()
             self._remove(socket)
         return socket
 
-    async def _send_frames(self, socket: web.WebSocketResponse, places: asyncio.Semaphore) -> None:
+    async def _send_frames(self, socket: web.WebSocketResponse, slots: asyncio.Semaphore) -> None:
         last = None
         with suppress(ConnectionError):
             while True:
-                await places.acquire()
+                await slots.acquire()
                 while (planes := (await self.session.playout.next_frame())[0]) is last:
                     pass  # nothing new
                 await socket.send_bytes(await self.session.playout.jpeg(planes))
