@@ -60,6 +60,15 @@ class Process:
         self.popen.stdin.write(text)
         self.popen.stdin.flush()
 
+    def descendants(self, **env: str) -> list[psutil.Process]:
+        """Return the processes below this one whose environment has ``env``; they may end at any time."""
+        found = []
+        for process in psutil.Process(self.popen.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if env.items() <= process.environ().items():
+                    found.append(process)
+        return found
+
     def wait_until(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Return when ``condition()`` is true; fails when the process ends before that, or time is up."""
         deadline = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,10 +43,11 @@ def assert_each_once(folder: Path, count: int) -> None:
         assert_plays_in_a_browser(folder / "my videos" / name, 9)
 
 
-def ranks(process: Process) -> list[psutil.Process]:
-    """Return the processes that torchrun has started."""
-    children = psutil.Process(process.popen.pid).children(recursive=True)
-    return [child for child in children if "RANK" in child.environ() and "ffmpeg" not in child.name()]
+def kill_rank(process: Process, rank: int) -> None:
+    """Kill a rank, then its encoder where one is at work."""
+    for descendant in process.descendants(RANK=str(rank)):
+        with suppress(psutil.NoSuchProcess):
+            descendant.kill()
 
 
 @pytest.mark.timeout(400)
@@ -54,12 +56,12 @@ def test_killed_and_started_again(batch_env, tmp_path):
     env = batch_env | {"ULYSSES_SIZE": "2", "PET_MAX_RESTARTS": "1"}  # torch's variable for torchrun's --max-restarts
     with Process([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
         process.wait_until(lambda: lines(tmp_path), 100)
-        (victim,) = [rank for rank in ranks(process) if rank.environ()["RANK"] == "3"]
-        victim.kill()
+        kill_rank(process, 3)
         killed_at = len(lines(tmp_path))
         process.wait_until(lambda: len(lines(tmp_path)) > killed_at + 1, 150)  # the other group may complete one more
-        for victim in [*ranks(process), psutil.Process(process.popen.pid)]:
-            victim.kill()
+        for rank in range(4):
+            kill_rank(process, rank)
+        process.popen.kill()
     made = len(lines(tmp_path))
     assert {line["processes"] for line in lines(tmp_path)} == {2}
     result = run(SCRIPT, batch_env, tmp_path)

@@ -1,11 +1,9 @@
 """Several processes share a video: real ones, started by torchrun and talking through gloo."""
 
-import os
 import signal
 import sys
 
 import imageio.v3 as iio
-import psutil
 import pytest
 import ranks
 import torch
@@ -137,9 +135,8 @@ def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F81
     videos = tmp_path / "my videos"
     with Process([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
         process.wait_until(lambda: videos.is_dir() and any(path.stat().st_size for path in videos.iterdir()))
-        ranks_of_job = psutil.Process(process.popen.pid).children(recursive=True)
-        (victim,) = [child for child in ranks_of_job if child.environ().get("RANK") == "1"]
-        os.kill(victim.pid, signal.SIGKILL)
+        (victim,) = process.descendants(RANK="1")
+        victim.kill()
         result = process.wait(60)
     assert result.returncode == 128 + signal.SIGKILL
     assert "error: process 1 of 2 was ended by SIGKILL" in result.stderr
