@@ -16,6 +16,7 @@ from scripts import (
     assert_plays_in_a_browser,
     causvid_env,  # noqa: F401
     run,
+    run_here,
     self_forcing_env,  # noqa: F401
     written,
 )
@@ -61,7 +62,7 @@ def test_int8_image_to_video(self_forcing_env, tmp_path):
         "KV_CACHE_DTYPE": "fp8",
     }
     env |= {"QUANT_TYPE": "int8", "QUANT_GRANULARITY": "per_tensor", "SEED": "7"}
-    result = run("self_forcing_quantized.sh", env, tmp_path)
+    result = run_here("self_forcing_quantized.sh", env, tmp_path)
     (path,) = written(result, tmp_path)
     assert path.name == "0-7-0-self_forcing_dmd-checkpoint-int8-per-tensor-fp8-cache-latents-4-from-image.mp4"
     assert "quantization       int8, per tensor\nkey-value cache    float8_e4m3fn\n" in result.stdout
@@ -70,7 +71,7 @@ def test_int8_image_to_video(self_forcing_env, tmp_path):
 
 def test_the_file_shows_what_the_model_made(self_forcing_env, self_forcing, tmp_path):
     env = self_forcing_env | {"NO_QUANTIZE": "1", "PROMPT": "A red cat walks on the moon"}
-    result = run("self_forcing_quantized.sh", env, tmp_path)
+    result = run_here("self_forcing_quantized.sh", env, tmp_path)
     (path,) = written(result, tmp_path)
     assert "high precision     everything" in result.stdout.splitlines()
     video = self_forcing.generate(["A red cat walks on the moon"], 3, torch.Generator().manual_seed(0))
@@ -82,14 +83,14 @@ def test_the_file_shows_what_the_model_made(self_forcing_env, self_forcing, tmp_
 
 def test_causvid_with_a_prompt_for_each_rollout(causvid_env, tmp_path):
     env = causvid_env | {"PROMPT": "A cat; A dog", "DIFF_PROMPT": "1", "QUANT_TYPE": "int8", "ENABLE_KV_OFFLOAD": "0"}
-    (path,) = written(run("causvid_quantized.sh", env, tmp_path), tmp_path)
+    (path,) = written(run_here("causvid_quantized.sh", env, tmp_path), tmp_path)
     assert path.name == f"A-cat-A-dog-0{CAUSVID_SUFFIX}-int8.mp4"
     assert_plays_in_a_browser(path, 2 * 24)
 
 
 def test_causvid_makes_a_video_of_every_prompt(causvid_env, tmp_path):
     env = causvid_env | {"PROMPT": "A cat; A dog", "NUM_ROLLOUT": "1", "NUM_OVERLAP_FRAMES": "6"}
-    files = written(run("causvid_quantized.sh", env, tmp_path), tmp_path)
+    files = written(run_here("causvid_quantized.sh", env, tmp_path), tmp_path)
     suffix = f"{CAUSVID_SUFFIX}-rollouts-1-overlap-6"
     assert [path.name for path in files] == [f"A-cat-0{suffix}.mp4", f"A-dog-0{suffix}.mp4"]
     for path in files:
@@ -99,7 +100,7 @@ def test_causvid_makes_a_video_of_every_prompt(causvid_env, tmp_path):
 def test_causvid_prompt_file(causvid_env, tmp_path):
     (tmp_path / "prompts.txt").write_text("A cat\n\n A dog; asleep \n")
     (path,) = written(
-        run("causvid_quantized.sh", causvid_env | {"DIFF_PROMPT_FILE": "prompts.txt"}, tmp_path), tmp_path
+        run_here("causvid_quantized.sh", causvid_env | {"DIFF_PROMPT_FILE": "prompts.txt"}, tmp_path), tmp_path
     )
     assert path.name == f"A-cat-A-dog-asleep-0{CAUSVID_SUFFIX}.mp4"
     assert_plays_in_a_browser(path, 2 * 24)
