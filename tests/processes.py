@@ -20,16 +20,16 @@ class Process:
     The output goes to files, so that the process never blocks on a full pipe.
     """
 
-    def __init__(self, command: list, env: dict[str, str] | None = None, stdin: int = subprocess.PIPE, **options):
+    def __init__(self, command: list, env: dict[str, str] | None = None, **options):
         self.mark = uuid.uuid4().hex
         self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        self.popen = subprocess.Popen(
-            [str(word) for word in command],
-            env=(os.environ if env is None else env) | {MARK: self.mark},
-            stdin=stdin,
-            stdout=self.files[0],
-            stderr=self.files[1],
-            **options,
+        env = (os.environ if env is None else env) | {MARK: self.mark}
+        self.popen = self.start([str(word) for word in command], env, **options)
+
+    def start(self, command: list[str], env: dict[str, str], **options):
+        stdout, stderr = self.files
+        return subprocess.Popen(
+            command, env=env, stdout=stdout, stderr=stderr, **({"stdin": subprocess.PIPE} | options)
         )
 
     def __enter__(self) -> "Process":

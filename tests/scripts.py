@@ -11,6 +11,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
+from preloaded import python_command
 from processes import Process
 
 from inferix.cli import main
@@ -58,20 +59,6 @@ def run(script: str, env: dict[str, str], folder: Path, *arguments: str, **optio
         return process.wait(100)
 
 
-def flags_of(script: str, env: dict[str, str], folder: Path, *arguments: str) -> list[str]:
-    """Return the flags that ``script`` makes of its variables, for which a program in the place of Python prints them."""
-    python = folder / "print flags/python3"
-    python.parent.mkdir(exist_ok=True)
-    python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
-    python.chmod(0o755)
-    env = env | {"VIRTUAL_ENV": "set", "PATH": f"{python.parent}:{os.environ['PATH']}"}
-    output = subprocess.run(
-        [SCRIPTS / script, *arguments], env=env, cwd=folder, capture_output=True, text=True, check=True, timeout=30
-    )
-    _launch, _runner, *flags = output.stdout.split("\0")[:-1]
-    return flags
-
-
 def run_here(script: str, env: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Do what ``run`` does in this process, which has imported already what a new one imports for seconds.
 
@@ -79,7 +66,7 @@ def run_here(script: str, env: dict[str, str], folder: Path, *arguments: str) ->
     tested with ``run``.
     """
     runner = load_runner(script.removesuffix("_quantized.sh"))
-    flags = flags_of(script, env, folder, *arguments)
+    _launch, _runner, *flags = python_command([SCRIPTS / script, *arguments], env, folder)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main.run(runner.main, flags)
