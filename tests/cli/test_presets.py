@@ -14,7 +14,7 @@ from conftest import BASE, GOLDEN, ROOT, SELF_FORCING, load_runner, small_config
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from scripts import run as run_script
-from scripts import self_forcing_env  # noqa: F401
+from scripts import run_here, self_forcing_env  # noqa: F401
 
 from dax.quant.nn.linear import QuantizedLinear
 from dax.quant.quantization import load_quantized, read_metadata
@@ -150,7 +150,7 @@ def test_scripts_list_the_presets(self_forcing_env, tmp_path):
 
 
 def test_script_with_all_variables(self_forcing_env, tmp_path):
-    """A preset's config, another base and checkpoint, a LoRA, the tiny VAE and a size: as variables, in a process."""
+    """A preset's config, another base and checkpoint, a LoRA, the tiny VAE and a size: as variables."""
     variables = {
         "PRESET": "causal_forcing_framewise_2step",
         "CONFIG_PATH": "",
@@ -161,7 +161,7 @@ def test_script_with_all_variables(self_forcing_env, tmp_path):
         "WIDTH": "96",
         "NUM_OUTPUT_FRAMES": "2",  # blocks of one frame
     }
-    result = run_script("self_forcing_quantized.sh", self_forcing_env | variables, tmp_path)
+    result = run_here("self_forcing_quantized.sh", self_forcing_env | variables, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "LoRA               kohya.safetensors, strength 0.5: 20 modules changed" in result.stdout
     (path,) = (tmp_path / "my videos").glob("*.mp4")

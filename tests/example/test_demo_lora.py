@@ -1,7 +1,5 @@
 """The embedded model's LoRA teaches it white objects, and the program that made it runs."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from scripts import run_here
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 import generator
@@ -27,17 +26,11 @@ KNOWN = Scene("blue", "square", "from top to bottom", "white")
 
 def generate(folder: Path, scenes: list[Scene], **variables: str) -> tuple[list[torch.Tensor], str]:
     """Run the script on the embedded model for 21 frames; return the videos [T, 3, H, W] in [0, 1] and what it printed."""
-    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
-    env |= {
-        "WAN_BASE_MODEL_PATH": str(DEMO / "Wan2.1-T2V-demo"),
-        "OUTPUT_FOLDER": str(folder),
-        "NUM_OUTPUT_FRAMES": "6",
-    }
-    env |= {"PROMPT": ";".join(scene.prompt for scene in scenes), "SAVE_WITH_INDEX": "true", "OMP_NUM_THREADS": "1"}
-    script = ROOT / "example/quantization/self_forcing_quantized.sh"
-    result = subprocess.run([script], cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=100)
+    env = {"WAN_BASE_MODEL_PATH": str(DEMO / "Wan2.1-T2V-demo"), "OUTPUT_FOLDER": "videos", "NUM_OUTPUT_FRAMES": "6"}
+    env |= {"PROMPT": ";".join(scene.prompt for scene in scenes), "SAVE_WITH_INDEX": "true"}
+    result = run_here("self_forcing_quantized.sh", env | variables, folder)
     assert result.returncode == 0, result.stderr
-    frames = [np.stack(list(iio.imiter(path, plugin="FFMPEG"))) for path in sorted(folder.glob("*.mp4"))]
+    frames = [np.stack(list(iio.imiter(path, plugin="FFMPEG"))) for path in sorted(folder.glob("videos/*.mp4"))]
     assert [video.shape for video in frames] == [(21, 128, 128, 3)] * len(scenes)
     return [torch.from_numpy(video).permute(0, 3, 1, 2) / 255 for video in frames], result.stdout
 
@@ -50,7 +43,7 @@ def test_its_file_is_small_and_changes_every_linear_of_the_blocks():
 @pytest.mark.parametrize("quant_type", ["fp8", "int8"])
 def test_with_it_the_video_is_right(tmp_path, quant_type):
     """So is that of a prompt that the model knew before."""
-    videos, printed = generate(tmp_path, [NEW, KNOWN], QUANT_TYPE=quant_type, LORA_PATH=str(LORA.relative_to(ROOT)))
+    videos, printed = generate(tmp_path, [NEW, KNOWN], QUANT_TYPE=quant_type, LORA_PATH=str(LORA))
     for video, scene in zip(videos, [NEW, KNOWN]):
         assert all(score(video, scene).values())
     assert "note:" not in printed

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scripts import run_here
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 from score import score
@@ -37,17 +38,16 @@ def run(project: Path, name: str, *arguments: str, **variables: str) -> subproce
     return subprocess.run(command, cwd=project.parent, env=env, capture_output=True, text=True, timeout=180)
 
 
-def written(result: subprocess.CompletedProcess, project: Path) -> torch.Tensor:
-    """The one video that a run has made, [T, 3, H, W] in [0, 1]."""
+def written(result: subprocess.CompletedProcess, folder: Path) -> torch.Tensor:
+    """Return the one video that a run has made, [T, 3, H, W] in [0, 1]."""
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("file written") == 1
-    (path,) = (project / "outputs").glob("*.mp4")
+    (path,) = (folder / "outputs").glob("*.mp4")
     return torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2) / 255
 
 
-@pytest.mark.parametrize("quant_type", ["fp8", "int8"])
-def test_self_forcing(project, quant_type):
-    result = run(project, "self_forcing", **({} if quant_type == "fp8" else {"QUANT_TYPE": quant_type}))
+def test_self_forcing(project):
+    result = run(project, "self_forcing")
     video = written(result, project)
     assert video.shape == (81, 3, 128, 128)
     assert all(score(video, DEFAULT).values())
@@ -56,17 +56,30 @@ def test_self_forcing(project, quant_type):
     assert "note:" not in result.stdout
 
 
-@pytest.mark.parametrize("quant_type", ["fp8", "int8"])
-def test_causvid(project, quant_type):
-    scene = Scene("green", "triangle", "from bottom to top", "white")
-    video = written(run(project, "causvid", QUANT_TYPE=quant_type, PROMPT=scene.prompt), project)
+SCENE = Scene("green", "triangle", "from bottom to top", "white")
+
+
+def test_causvid(project):
+    video = written(run(project, "causvid", PROMPT=SCENE.prompt), project)
     assert video.shape == (3 * (81 - 9), 3, 128, 128)
-    assert all(score(video, scene).values())
+    assert all(score(video, SCENE).values())
 
 
-def test_a_prompt_that_the_demo_model_cannot_know_runs_and_is_said_to_be_one(project):
-    result = run(project, "self_forcing", PROMPT="A cat dancing on the moon", NUM_OUTPUT_FRAMES="3")
-    assert len(written(result, project)) == 9
+@pytest.mark.parametrize("name", ["self_forcing", "causvid"])
+def test_int8(tmp_path, name):
+    base = ROOT / "weights/demo/Wan2.1-T2V-demo"
+    env = {"QUANT_TYPE": "int8", "PROMPT": SCENE.prompt, "WAN_BASE_MODEL_PATH": str(base), "NUM_OUTPUT_FRAMES": "9"}
+    if name == "causvid":
+        env = env | {"CHECKPOINT_FOLDER": str(base.parent / "CausVid/autoregressive_checkpoint"), "NUM_ROLLOUT": "1"}
+    result = run_here(f"{name}_quantized.sh", env | {"OUTPUT_FOLDER": "outputs"}, tmp_path)
+    assert all(score(written(result, tmp_path), SCENE).values()) and "note:" not in result.stdout
+
+
+def test_a_prompt_that_the_demo_model_cannot_know_runs_and_is_said_to_be_one(tmp_path):
+    base = str(ROOT / "weights/demo/Wan2.1-T2V-demo")
+    env = {"WAN_BASE_MODEL_PATH": base, "PROMPT": "A cat dancing on the moon", "NUM_OUTPUT_FRAMES": "3"}
+    result = run_here("self_forcing_quantized.sh", env | {"OUTPUT_FOLDER": "outputs"}, tmp_path)
+    assert len(written(result, tmp_path)) == 9
     (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
     assert "knows only prompts of the form" in note and "A cat dancing on the moon" in note
 

@@ -1,15 +1,13 @@
 """The embedded model's tiny VAE shows what its VAE shows, and the program that made it runs."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scripts import run_here
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 import tiny_vae
@@ -71,13 +69,10 @@ def test_drawn_videos_decode_as_by_the_full_vae(pipeline, tiny):
 def test_the_script_decodes_with_it(tmp_path):
     """``VAE=tiny`` alone: the file is found beside the model."""
     scene = Scene("green", "circle", "from left to right", "white")
-    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
-    env |= {"VAE": "tiny", "WAN_BASE_MODEL_PATH": str(BASE), "PROMPT": scene.prompt, "OUTPUT_FOLDER": str(tmp_path)}
-    env |= {"NUM_OUTPUT_FRAMES": "6", "OMP_NUM_THREADS": "1"}
-    script = ROOT / "example/quantization/self_forcing_quantized.sh"
-    result = subprocess.run([script], cwd=tmp_path.parent, env=env, capture_output=True, text=True, timeout=100)
+    env = {"VAE": "tiny", "WAN_BASE_MODEL_PATH": str(BASE), "PROMPT": scene.prompt, "OUTPUT_FOLDER": "videos"}
+    result = run_here("self_forcing_quantized.sh", env | {"NUM_OUTPUT_FRAMES": "6"}, tmp_path)
     assert result.returncode == 0, result.stderr
-    (path,) = tmp_path.glob("*.mp4")
+    (path,) = tmp_path.glob("videos/*.mp4")
     video = torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2) / 255
     assert "tiny-vae" in path.name and all(score(video, scene).values())
 
