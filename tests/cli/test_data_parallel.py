@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 from processes import Process
-from scripts import SCRIPTS, assert_plays_in_a_browser, run, self_forcing_env  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, self_forcing_env  # noqa: F401
 
 from inferix import InputError, ParallelConfig
 from inferix.cli import data_parallel, main
@@ -64,7 +64,7 @@ def test_killed_and_started_again(batch_env, tmp_path):
         process.popen.kill()
     made = len(lines(tmp_path))
     assert {line["processes"] for line in lines(tmp_path)} == {2}
-    result = run(SCRIPT, batch_env, tmp_path)
+    result = run_here(SCRIPT, batch_env | {"DATA_PARALLEL": "1"}, tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"videos             {8 - made} made, {made} complete before: my videos/manifest.jsonl" in result.stdout
     assert_each_once(tmp_path, 8)

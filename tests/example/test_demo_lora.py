@@ -64,7 +64,7 @@ def test_the_check_knows_white_objects(scene):
 
 
 def test_the_program_writes_a_file_that_loads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generator, "NUM_FRAMES", 6)
+    monkeypatch.setattr(generator, "NUM_FRAMES", 3)
     monkeypatch.setattr(lora, "LORA_SCENES", LORA_SCENES[:1])
     monkeypatch.setattr(lora, "SCENES", SCENES[:1])
     path = tmp_path / "new/white.safetensors"
