@@ -4,7 +4,7 @@ const say = (id, text) => { if (at(id).textContent !== text) at(id).textContent 
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 const video = at("video"), canvas = at("canvas");
 const words = { loading: "Loading", waiting: "Waiting for a viewer", generating: "Generating", paused: "Paused", idle: "Done", closing: "Closing", gone: "Server stopped" };
-const PATIENCE = 3500;  // milliseconds in which WebRTC has to connect
+const PATIENCE = 2500;  // milliseconds in which WebRTC has to connect
 let state = { status: "loading", files: [], history: [] };
 let connection = null, connected = false, overHttp = !window.RTCPeerConnection, obstacle = "";
 let shownFiles = "", shownHistory = "";
