@@ -33,7 +33,7 @@ async def shows(page: Page) -> tuple[str, str]:
     pixels = torch.frombuffer(bytearray(b64decode(await page.run(READ_PIXELS))), dtype=torch.uint8)
     frame = pixels.view(128, 128, 4)[..., :3].permute(2, 0, 1) / 255
     color, background, mask = segment(frame[None])
-    seen = list(COLORS)[color.item()] if 300 < mask.sum() < 4000 else "nothing"
+    seen = [*COLORS, *BACKGROUNDS][color.item()] if 300 < mask.sum() < 4000 else "nothing"
     return seen, list(BACKGROUNDS)[background.item()]
 
 

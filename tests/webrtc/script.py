@@ -89,6 +89,7 @@ class Fork:
         self.args = command
         self.process = FORKSERVER.Process(target=run_program, args=(command, env, outputs))
         self.process.start()
+        self.pid = self.process.pid
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -103,7 +104,7 @@ class Fork:
         self.process.kill()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
 
 def run_program(command: list[str], env: dict[str, str], outputs: list[str]) -> None:

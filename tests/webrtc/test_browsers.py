@@ -24,6 +24,8 @@ needs_firefox = pytest.mark.skipif(not EXECUTABLE, reason="Firefox is not instal
 pytestmark = pytest.mark.timeout(900)
 FIRST_FRAME = "document.readyState === 'complete' && performance.getEntriesByName('first-frame').length"
 SHOWN_SINCE = "/Shown since block \\d+, \\d+\\.\\d s after Send/.test(document.getElementById('next').textContent)"
+QUICK = {"PROMPT": RED.prompt, "VAE": "tiny", "WEBRTC_WAIT": "1"}
+"""Variables of a script that generates as fast as the page plays, and nothing before somebody watches."""
 NAMESPACE = ("unshare", "--net", "--map-root-user")
 has_namespaces = subprocess.run([*NAMESPACE, "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
 
@@ -85,7 +87,7 @@ def test_a_browser_watches_and_steers_self_forcing_by_keyboard(tmp_path):
             await page.press("Enter")
             assert (await asyncio.to_thread(script.wait, LIMIT)).returncode == 0
 
-    variables = {"PROMPT": RED.prompt, "WEBRTC_WAIT": "1", "NUM_OUTPUT_FRAMES": "63"}
+    variables = QUICK | {"NUM_OUTPUT_FRAMES": "600"}  # far more than the page waits for
     with ForkedScript("self_forcing", tmp_path / "out", **variables) as script:
         asyncio.run(body(script))
     storyboard, path = sorted(script.folder.glob("*.[my]*[4l]"), key=lambda path: path.suffix, reverse=True)
@@ -114,7 +116,7 @@ def test_firefox_watches_and_steers(tmp_path):
             await page.until(FIRST_FRAME)
             await steer(page, RED, BLUE)
 
-    with ForkedScript("self_forcing", tmp_path / "out", PROMPT=RED.prompt, ENDLESS="1", WEBRTC_WAIT="1") as script:
+    with ForkedScript("self_forcing", tmp_path / "out", **QUICK, ENDLESS="1") as script:
         asyncio.run(body(script))
 
 
@@ -135,7 +137,7 @@ def far_socket(tmp_path_factory) -> Iterator[Path]:
     socket = folder / "socket"
     forward = f"{sys.executable} {ROOT}/tests/webrtc/forward.py {socket} 8000"
     prefix = (*NAMESPACE, "sh", "-c", f'ip link set lo up; {forward} & exec "$0"')
-    variables = {"PROMPT": RED.prompt, "ENDLESS": "1", "WEBRTC_WAIT": "1", "WEBRTC_PORT": "8000"}
+    variables = QUICK | {"ENDLESS": "1", "WEBRTC_PORT": "8000"}
     with Script("self_forcing", folder / "out", prefix, **variables) as script:
         script.wait_until(lambda: socket.exists() and "watch it at" in script.stdout, LIMIT)
         yield socket

@@ -5,8 +5,12 @@ import http.client
 import io
 import json
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from aiohttp import ClientSession
 from aiortc import RTCPeerConnection
@@ -20,6 +24,8 @@ from inferix.webrtc.server import serve
 from inferix.webrtc.session import WebRTCConfig
 
 pytestmark = pytest.mark.timeout(900)
+SMALL = {"HEIGHT": "32", "WIDTH": "32"}
+"""Variables of a video that is generated quickly, and shows nothing that can be told."""
 
 
 async def control(session: ClientSession, action: str) -> dict:
@@ -70,18 +76,18 @@ def test_sixteen_viewers_one_that_vanishes_and_unwelcome_guests(tmp_path):
             viewers = [Viewer(session) for _ in range(16)]
             await asyncio.gather(*(viewer.connect() for viewer in viewers))
             await until(session, lambda now: now["viewers"] == 17 and now["block"])
-            await asyncio.gather(*(viewer.until_frames(15) for viewer in viewers))
-            await refuses(session)
+            await asyncio.gather(*(viewer.until_frames(5) for viewer in viewers))
             await asyncio.gather(*(viewer.close() for viewer in viewers[1:]))
             await control(session, "pause")
             await until(session, lambda now: now["viewers"] <= 2)
             await until(session, lambda now: now["viewers"] == 1)  # after 30 s in which the network may have been away
             block = (await control(session, "resume"))["block"]
+            await refuses(session)
             await viewers[0].until_frames(1)
             await viewers[0].close()
             await until(session, lambda now: now["block"] > block)
 
-    with ForkedScript("causvid", tmp_path / "out", PROMPT=RED.prompt, NUM_ROLLOUT="1000") as script:
+    with ForkedScript("causvid", tmp_path / "out", NUM_ROLLOUT="1000", **SMALL) as script:
         asyncio.run(body(script))
         assert script.interrupt() == 130 and "Traceback" not in script.stderr
     assert list(script.folder.iterdir()) == []  # what was being written is gone
@@ -166,10 +172,21 @@ def test_an_image_that_is_sent_begins_a_video(tmp_path):
 
 
 def test_it_leaves_after_the_last_frame_where_asked(tmp_path):
-    with ForkedScript("self_forcing", tmp_path / "out", NUM_OUTPUT_FRAMES="3", WEBRTC_EXIT="1") as script:
+    with ForkedScript("self_forcing", tmp_path / "out", NUM_OUTPUT_FRAMES="3", WEBRTC_EXIT="1", **SMALL) as script:
         assert script.wait(LIMIT).returncode == 0
     (path,) = script.folder.glob("*.mp4")
     assert len(read_video(path)) == 9
+
+
+@contextmanager
+def stopped(script: Script) -> Iterator[None]:
+    """Hold the process, that it does nothing between two things done here."""
+    process = psutil.Process(script.popen.pid)
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    yield
+    process.resume()
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -179,16 +196,17 @@ def test_an_output_folder_that_goes_away_ends_no_live_video(replace, tmp_path):
     async def body(script: Script):
         async with ClientSession(script.url()) as session:
             await until(session, lambda now: now["block"] >= 1)
-            shutil.rmtree(script.folder)
-            if replace:
-                script.folder.touch()
+            with stopped(script):
+                shutil.rmtree(script.folder)
+                if replace:
+                    script.folder.touch()
             now = await until(session, lambda now: now["problem"])
             assert str(script.folder) in now["problem"] and "full" not in now["problem"]
             block = now["block"]
             await until(session, lambda now: now["block"] >= block + 2)
             await control(session, "close")
 
-    with ForkedScript("self_forcing", tmp_path / "out", ENDLESS="1") as script:
+    with ForkedScript("self_forcing", tmp_path / "out", ENDLESS="1", **SMALL) as script:
         asyncio.run(body(script))
         result = script.wait(LIMIT)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -196,8 +214,7 @@ def test_an_output_folder_that_goes_away_ends_no_live_video(replace, tmp_path):
     if replace:
         assert script.folder.read_bytes() == b""
     else:
-        (path,) = script.folder.glob("*.mp4")
-        assert len(read_video(path)) >= 12
+        assert sum(len(read_video(path)) for path in script.folder.glob("*.mp4")) >= 12
 
 
 def test_ctrl_c_completes_an_endless_video(tmp_path):
@@ -206,11 +223,12 @@ def test_ctrl_c_completes_an_endless_video(tmp_path):
             now = await until(session, lambda now: now["block"] >= 2)
             assert now["blocks"] is None
 
-    with ForkedScript("self_forcing", tmp_path / "out", ENDLESS="1") as script:
+    with ForkedScript("self_forcing", tmp_path / "out", ENDLESS="1", **SMALL) as script:
         asyncio.run(body(script))
         assert script.interrupt() == 130 and "Traceback" not in script.stderr
-    (path,) = script.folder.glob("*.mp4")
-    assert path.name.endswith("-endless-00000.mp4") and path.name in script.stdout and len(read_video(path)) >= 21
+    path, *others = sorted(script.folder.glob("*.mp4"))
+    assert path.name.endswith("-endless-00000.mp4") and len(read_video(path)) >= 21
+    assert all(path.name in script.stdout for path in (path, *others))
 
 
 def test_ctrl_c_while_nobody_has_come(tmp_path):
