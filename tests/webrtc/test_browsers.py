@@ -14,7 +14,7 @@ from firefox import EXECUTABLE, firefox
 from forward import join
 from live import LIMIT, ROOT
 from pictures import BLUE, READ_PIXELS, RECORD_TIMESTAMPS, RED, assert_goes_over, read_video, shows, until_shown
-from script import ForkedScript, Script
+from streaming import ForkedScript, Script
 
 from inferix.pipelines.storyboard import read_storyboard
 from world import Scene

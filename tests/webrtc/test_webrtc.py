@@ -17,7 +17,7 @@ from aiortc import RTCPeerConnection
 from live import LIMIT, Viewer, state, until, watch
 from pictures import BLUE, RED, assert_goes_over, read_video
 from PIL import Image
-from script import FORKSERVER, ForkedScript, Script
+from streaming import FORKSERVER, ForkedScript, Script
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
 from inferix.webrtc.server import serve
