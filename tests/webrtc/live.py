@@ -1,54 +1,18 @@
-"""The real scripts as processes, and viewers of what they stream.
-
-python tests/webrtc/live.py URL    # watch until killed
-"""
+"""Viewers of what a script streams."""
 
 import asyncio
-import os
 import re
-import signal
-import sys
 from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).parents[1]))  # where processes.py is, when this is started as a program
 
 from aiohttp import ClientSession
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
-from processes import Process
 
 from inferix.webrtc.viewers import gather_from
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240
 """Seconds that anything may take: on a busy machine a start alone takes a minute."""
-
-
-class Script(Process):
-    """A script under example/quantization that streams on a free port, as a context manager.
-
-    Args:
-        name: self_forcing or causvid.
-        output_folder: of the files.
-        prefix: command that starts the script.
-        variables: of the script.
-    """
-
-    def __init__(self, name: str, output_folder: Path, prefix: tuple = (), **variables: str):
-        self.folder = output_folder
-        defaults = {"ENABLE_WEBRTC": "1", "WEBRTC_PORT": "0", "OUTPUT_FOLDER": str(output_folder)}
-        command = [*prefix, ROOT / f"example/quantization/{name}_quantized.sh"]
-        super().__init__(command, env=os.environ | defaults | variables)
-
-    def url(self) -> str:
-        """Return where it says that it streams."""
-        self.wait_until(lambda: "watch it at" in self.stdout, LIMIT)
-        return re.search(r"watch it at (\S+)", self.stdout)[1]
-
-    def interrupt(self) -> int:
-        """Press Ctrl-C; return the exit code."""
-        self.popen.send_signal(signal.SIGINT)
-        return self.wait(LIMIT).returncode
 
 
 class Viewer:
@@ -111,11 +75,12 @@ async def until(session: ClientSession, condition, seconds: float = LIMIT) -> di
     return now
 
 
-async def watch(url: str) -> None:
-    async with ClientSession(url) as session:
-        await Viewer(session).connect()
-        await asyncio.sleep(3600)
+def watch(url: str) -> None:
+    """Watch until killed."""
 
+    async def body() -> None:
+        async with ClientSession(url) as session:
+            await Viewer(session).connect()
+            await asyncio.sleep(3600)
 
-if __name__ == "__main__":
-    asyncio.run(watch(sys.argv[1]))
+    asyncio.run(body())
