@@ -11,7 +11,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
-from preloaded import python_command
+from forks import python_command
 from processes import Process
 
 from inferix.cli import main

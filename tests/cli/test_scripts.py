@@ -7,8 +7,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from forks import ForkedScript
 from PIL import Image
-from preloaded import Preloaded
 from processes import Process
 from scripts import (
     CAUSVID_SUFFIX,
@@ -109,7 +109,9 @@ def test_causvid_prompt_file(causvid_env, tmp_path):
 
 def test_causvid_asks_for_a_prompt_when_its_rollout_begins(causvid_env, tmp_path):
     name = f"my videos/A-cat-interactive-0{CAUSVID_SUFFIX}.mp4"
-    with Preloaded([SCRIPTS / "causvid_quantized.sh"], causvid_env | {"IS_INTERACTIVE": "1"}, cwd=tmp_path) as process:
+    with ForkedScript(
+        [SCRIPTS / "causvid_quantized.sh"], causvid_env | {"IS_INTERACTIVE": "1"}, cwd=tmp_path
+    ) as process:
         process.type(b"A cat\n")
         process.wait_until(lambda: process.stderr.count("next prompt") == 2)
         assert not (tmp_path / name).exists()
@@ -123,7 +125,7 @@ def test_causvid_asks_for_a_prompt_when_its_rollout_begins(causvid_env, tmp_path
 def test_interactive_without_a_prompt(causvid_env, tmp_path):
     """Standard input at its end, and closed."""
     closed = ["bash", "-c", f'exec "{SCRIPTS}/causvid_quantized.sh" <&-']
-    for kind, command in ((Preloaded, [SCRIPTS / "causvid_quantized.sh"]), (Process, closed)):
+    for kind, command in ((ForkedScript, [SCRIPTS / "causvid_quantized.sh"]), (Process, closed)):
         with kind(command, causvid_env | {"IS_INTERACTIVE": "1"}, cwd=tmp_path) as process:
             result = process.wait()
         assert result.returncode == 2 and "no prompt was typed" in result.stderr and "Traceback" not in result.stderr
@@ -134,7 +136,7 @@ def test_interactive_without_a_prompt(causvid_env, tmp_path):
 def test_stopping_leaves_no_half_written_file(self_forcing_env, tmp_path, sent, code):
     env = self_forcing_env | {"NUM_OUTPUT_FRAMES": "30000", "NUM_SAMPLES": "2"}
     folder = tmp_path / "my videos"
-    with Preloaded([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
         process.wait_until(lambda: folder.is_dir() and len(list(folder.iterdir())) == 2)
         process.popen.send_signal(sent)
         result = process.wait()

@@ -14,10 +14,11 @@ import psutil
 import pytest
 from aiohttp import ClientSession
 from aiortc import RTCPeerConnection
+from forks import FORKSERVER
 from live import LIMIT, Viewer, state, until, watch
 from pictures import BLUE, RED, assert_goes_over, read_video
 from PIL import Image
-from streaming import FORKSERVER, ForkedScript, Script
+from streaming import ForkedScript, Script
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
 from inferix.webrtc.server import serve
