@@ -1,5 +1,6 @@
 """Child processes of the tests: every wait for one has a limit, and none outlives its test."""
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -128,7 +129,7 @@ def run_ranks(
 
     The processes are forks of a server that has imported ``PRELOAD``, which ends with this process; they see no GPU. With
     ``start_method="spawn"`` they import everything anew and see all GPUs. The module of ``function`` is imported after the
-    variables are set. ``atexit`` functions are not called.
+    variables are set.
 
     Args:
         num_ranks: how many processes.
@@ -193,6 +194,7 @@ def _be_rank(call: bytes, env: dict[str, str], path: Path) -> None:
         os.dup2(output.fileno(), 2)
     function, arguments = pickle.loads(call)
     value = function(*arguments)
+    atexit._run_exitfuncs()  # which multiprocessing leaves out
     Path(f"{path}.value").write_bytes(pickle.dumps(value))
 
 

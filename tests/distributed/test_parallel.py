@@ -1,17 +1,21 @@
 """Several processes share a video: real ones that talk through gloo."""
 
+import os
 import signal
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import GOLDEN, relative_error
+from conftest import GOLDEN, load_runner, relative_error
 from golden_clips import golden_clips
 from processes import Process, run_ranks
 from safetensors.torch import load_file
-from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, self_forcing_env, written  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, flags_of, run, run_here, self_forcing_env, written  # noqa: F401
 
+import launch
 from inferix import InputError, ParallelConfig
+from inferix.cli import main
 from inferix.cli.devices import parallel_config
 from inferix.distributed.context_parallel import check_sizes
 
@@ -108,19 +112,40 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
         assert abs(videos[0] - videos[1]).mean() < 0.5  # of 255; sums in another order, through a lossy encoder
 
 
+def run_script(folder: Path, flags: list[str]) -> int:
+    """Be one of the processes that the script starts; return its exit code."""
+    os.chdir(folder)
+    return main.run(load_runner("self_forcing").main, flags)
+
+
+def test_folder_that_cannot_be_written(self_forcing_env, tmp_path):  # noqa: F811
+    """Of two processes the first one finds it, and it alone speaks."""
+    env = self_forcing_env | {"OUTPUT_FOLDER": "/proc/nowhere"}
+    flags = flags_of("self_forcing_quantized.sh", env, tmp_path)
+    first, second = run_ranks(2, run_script, tmp_path, flags)
+    assert (first.value, second.value, second.output) == (2, 0, "")
+    assert first.output.startswith("error: ") and first.output.endswith("choose another folder\n")
+    assert first.output.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("rank_1", "code", "output"),
     [
-        ({"NPROC": "2", "ULYSSES_SIZE": "4"}, "ulysses_size 4 x ring_size 1 is not the number of processes (2)"),
-        ({"NPROC": "2", "OUTPUT_FOLDER": "/proc/nowhere"}, "choose another folder"),  # which the first process finds
-        ({"NPROC": "two"}, "NPROC must be a number"),
+        ("import sys; sys.exit(2)", 2, ""),  # it has said why
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            128 + signal.SIGKILL,
+            "error: process 1 of 2 was ended by SIGKILL\n",
+        ),
     ],
+    ids=["failed", "killed"],
 )
-def test_refusal(self_forcing_env, tmp_path, changes, complaint):  # noqa: F811
-    result = run("self_forcing_quantized.sh", self_forcing_env | changes, tmp_path)
-    assert (result.returncode, result.stderr.count("\n"), result.stdout) == (2, 1, ""), result.stderr
-    assert result.stderr.startswith("error: ") and complaint in result.stderr
-    assert not (tmp_path / "my videos").exists()
+def test_exit_codes(rank_1, code, output, tmp_path):
+    """The launcher ends with the code of the rank that has failed, and ends the other one."""
+    runner = tmp_path / "runner.py"
+    runner.write_text(f"import os, time\nif os.environ['RANK'] == '1': {rank_1}\ntime.sleep(600)")
+    (launcher,) = run_ranks(1, launch.torchrun, 2, [str(runner)])
+    assert (launcher.value, launcher.output) == (code, output)
 
 
 def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F811
