@@ -155,8 +155,9 @@ def run_ranks(
             for rank in range(num_ranks):
                 (folder / f"{rank}.out").touch()
                 its_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(context.Process(target=_be_rank, args=(call, its_env, folder / str(rank))))
-                processes[-1].start()
+                process = context.Process(target=_be_rank, args=(call, its_env, folder / str(rank)))
+                process.start()
+                processes.append(process)
             complaint = _wait_for(processes, seconds)
         finally:
             for process in processes:

@@ -143,9 +143,10 @@ def test_folder_that_cannot_be_written(self_forcing_env, tmp_path):  # noqa: F81
 def test_exit_codes(rank_1, code, output, tmp_path):
     """The launcher ends with the code of the rank that has failed, and ends the other one."""
     runner = tmp_path / "runner.py"
-    runner.write_text(f"import os, time\nif os.environ['RANK'] == '1': {rank_1}\ntime.sleep(600)")
+    program = f"import os, time\nif os.environ['RANK'] == '1': {rank_1}\ntime.sleep(50)\nopen(__file__ + ' ended', 'w')"
+    runner.write_text(program)
     (launcher,) = run_ranks(1, launch.torchrun, 2, [str(runner)])
-    assert (launcher.value, launcher.output) == (code, output)
+    assert (launcher.value, launcher.output, list(tmp_path.iterdir())) == (code, output, [runner])
 
 
 def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F811
