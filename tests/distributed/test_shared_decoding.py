@@ -2,13 +2,11 @@
 
 import gc
 import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import AutoencoderKLWan
+from processes import run_ranks
 from torch import Tensor
 
 from inferix.config import ParallelConfig
@@ -42,10 +40,9 @@ def decode_clips(vae: WanVAE) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def take_part(rank: int, world_size: int, port: int, folder: Path, kind: str) -> None:
-    """Be one rank of a job; save the heights of the latents that it computes, and in the main process the pixels."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def take_part(kind: str) -> tuple[set[int], dict[str, Tensor]]:
+    """Be one rank of a job; return the heights of the latents that it computes, and in the main process the pixels."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     parallel = ContextParallel(ParallelConfig(world_size, 1, rank, rank, world_size), device)
@@ -65,24 +62,8 @@ def take_part(rank: int, world_size: int, port: int, folder: Path, kind: str) ->
     else:
         assert Workers(parallel, device, torch.float32, vae).start_clip() is None
         assert len(vae.streams) == 1
-    torch.save((set(heights), results), folder / f"{rank}.pt")
     shutdown()
-
-
-def run_ranks(world_size: int, folder: Path, kind: str = "cpu") -> list[tuple[set[int], dict[str, Tensor]]]:
-    """Return what each rank has saved. On a CPU the ranks are forks of this process, which saves the seconds of imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    method = "fork" if kind == "cpu" else "spawn"
-    ranks = mp.start_processes(take_part, (world_size, port, folder, kind), world_size, False, start_method=method)
-    try:
-        while not ranks.join():  # returns as each ends; an error of one is raised here
-            pass
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+    return set(heights), results
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +83,8 @@ def assert_like(pixels: dict[str, Tensor], alone: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize(
     ("world_size", "heights"), [(2, [{1, 2, 3, 4}, {2, 3}]), (4, [{1, 2, 4}, {1, 2}, {1, 2}, {1}])]
 )
-def test_like_one_rank(alone, world_size, heights, tmp_path):
-    ranks = run_ranks(world_size, tmp_path)
+def test_like_one_rank(alone, world_size, heights):
+    ranks = [rank.value for rank in run_ranks(world_size, take_part, "cpu")]
     assert_like(ranks[0][1], alone, 1e-5)
     # the main process alone decodes a single row, and whole frames when the others have ended
     assert [computed for computed, _ in ranks] == heights
@@ -111,8 +92,9 @@ def test_like_one_rank(alone, world_size, heights, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(500)
-def test_on_gpus(alone, tmp_path):
+def test_on_gpus(alone):
     """Compiled, and captured with its communication in CUDA graphs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    assert_like(run_ranks(2, tmp_path, "cuda")[0][1], alone, 1e-4)
+    main_process, _ = run_ranks(2, take_part, "cuda", seconds=400, start_method="spawn")
+    assert_like(main_process.value[1], alone, 1e-4)

@@ -1,20 +1,13 @@
-"""What test_parallel.py starts under torchrun: golden clips by each split, saved by the main process.
-
-torchrun tests/distributed/ranks.py FOLDER ULYSSESxRING...
-"""
+"""Golden clips by each way to split them: what test_parallel.py calls in every rank."""
 
 import os
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "example/quantization")]
 
 import torch
 from conftest import BASE, CAUSVID, GOLDEN, ROOT, SELF_FORCING
-from safetensors.torch import save_file
 
 from dax.quant.quantization import set_process_group
 from inferix import CausVidPipeline, ParallelConfig, SelfForcingPipeline
+from inferix.distributed.context_parallel import shutdown
 from quantization import quantize_transformer
 
 PROMPTS = [
@@ -67,17 +60,23 @@ def collect(pipeline, results: dict, name: str, function) -> None:
         pipeline.pipeline.context_parallel.close()
 
 
-def switched(pipeline) -> dict:
+def switched(pipeline, frames: int = 18) -> dict:
+    """The first frames of 24, with the prompt switches among them."""
     generator = torch.Generator().manual_seed(32)
-    noise = torch.randn(1, 24, 16, 8, 12, generator=generator)
-    prompts = {"text_prompts_list": [[prompt] for prompt in PROMPTS], "switch_frame_indices": [6, 16]}
+    noise = torch.randn(1, 24, 16, 8, 12, generator=generator)[:, :frames]
+    indices = [index for index in (6, 16) if index < frames]
+    prompts = {
+        "text_prompts_list": [[prompt] for prompt in PROMPTS[: len(indices) + 1]],
+        "switch_frame_indices": indices,
+    }
     _, latents = pipeline.pipeline.inference(noise, generator=generator, return_latents=True, **prompts)
     return {"latents": latents}
 
 
 def rolling(pipeline) -> dict:
+    """The first 15 frames of 21, of which the last 6 see a window that has moved on."""
     generator = torch.Generator().manual_seed(31)
-    noise = torch.randn(1, 21, 16, 8, 12, generator=generator)
+    noise = torch.randn(1, 21, 16, 8, 12, generator=generator)[:, :15]
     _, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
     return {"latents": latents}
 
@@ -110,27 +109,35 @@ def quantized(pipeline, quant_type: str, granularity: str) -> None:
     layer.register_forward_pre_hook(lambda _, args: pipeline.scales.append(layer.quantize_input(args[0])[1].flatten()))
 
 
-def main(folder: Path, *ways: str) -> None:
-    torch.set_grad_enabled(False)
+LINEARS = {"fp8": "per_tensor", "int8": "per_token"}
+"""Granularity by type. Only fp8's scales are computed by all ranks together."""
+
+
+@torch.no_grad()
+def golden_clips(*ways: str) -> dict[str, torch.Tensor]:
+    """Return in the main process the clips by each way, Ulysses x ring.
+
+    One process makes what the others' clips are compared with besides the golden data; two leave out what four test too
+    and what does not depend on how attention is split.
+    """
     results: dict[str, torch.Tensor] = {}
     for way in ways:
         sizes = tuple(map(int, way.split("x")))
         collect(build(SelfForcingPipeline, sizes), results, f"{way}.self_forcing", self_forcing)
-        collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
-        for dtype in ("auto", "fp8"):
-            collect(long_live("longlive_interactive", sizes, dtype), results, f"{way}.interactive.{dtype}", switched)
-        collect(long_live("longlive_infinite", sizes, "auto"), results, f"{way}.infinite.auto", rolling)
-        for quant_type, granularity in (("fp8", "per_tensor"), ("int8", "per_token")):
+        pipeline = long_live("longlive_interactive", sizes, "fp8")
+        collect(pipeline, results, f"{way}.interactive.fp8", lambda pipeline: switched(pipeline, 12))
+        if way != "1x1":
+            collect(long_live("longlive_interactive", sizes, "auto"), results, f"{way}.interactive.auto", switched)
+            collect(long_live("longlive_infinite", sizes, "auto"), results, f"{way}.infinite.auto", rolling)
+        if RANKS["world_size"] != 2:
+            collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)
+        for quant_type in LINEARS if RANKS["world_size"] != 2 else ("fp8",):
             pipeline = build(SelfForcingPipeline, sizes, offload=True)
-            quantized(pipeline, quant_type, granularity)
+            quantized(pipeline, quant_type, LINEARS[quant_type])
 
             def tensors(pipeline):
                 return self_forcing(pipeline, 6) | {"scales": torch.cat(pipeline.scales)}
 
             collect(pipeline, results, f"{way}.{quant_type}", tensors)
-    if RANKS["rank"] == 0:
-        save_file(results, folder / f"{RANKS['world_size']}.safetensors")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    shutdown()
+    return results
