@@ -6,14 +6,22 @@ They are forks of a server, multiprocessing's, which computes nothing and has a 
 import atexit
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import reduction
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
+import psutil
 from processes import Process
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -30,6 +38,9 @@ FORKSERVER.set_forkserver_preload(
         "inferix.cli.jobs",
     ]
 )
+
+
+# --- scripts
 
 
 def python_command(command: list, env: dict[str, str], folder: Path) -> list[str]:
@@ -118,3 +129,102 @@ def run_program(args: list[str], env: dict[str, str], cwd: Path, descriptors: li
         runpy.run_path(args[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+# --- ranks
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a rank has left."""
+
+    value: Any
+    """What its function returned."""
+    output: str
+    """What it wrote to the standard output and error."""
+
+
+def run_ranks(
+    num_ranks: int,
+    function: Callable,
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    seconds: float = 100,
+    start_method: str = "forkserver",
+) -> list[Rank]:
+    """Call ``function(*arguments)`` in ``num_ranks`` new processes that have the variables of a ``torchrun`` job.
+
+    They are forks and see no GPU; with ``start_method="spawn"`` they import everything anew and see all GPUs. The module of
+    ``function`` is imported after the variables are set.
+
+    Args:
+        num_ranks: how many processes.
+        function: a module's function; what it takes and returns is pickled.
+        env: variables besides this process's.
+        seconds: after these all ranks are killed.
+
+    Raises:
+        AssertionError: a rank has failed, upon which the others are killed, or time is up; with the output of all.
+    """
+    from torch.distributed import TCPStore
+
+    context = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        env = {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    env = os.environ | (env or {}) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(num_ranks)}
+    with tempfile.TemporaryDirectory() as name:
+        folder, call, processes = Path(name), pickle.dumps((function, arguments)), []
+        try:
+            for rank in range(num_ranks):
+                (folder / f"{rank}.out").touch()
+                its_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = context.Process(target=_be_rank, args=(call, its_env, folder / str(rank)))
+                process.start()
+                processes.append(process)
+            complaint = _wait_for(processes, seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        outputs = [(folder / f"{rank}.out").read_text(errors="replace") for rank in range(num_ranks)]
+        assert complaint is None, "\n".join([complaint, *outputs])
+        values = [pickle.loads((folder / f"{rank}.value").read_bytes()) for rank in range(num_ranks)]
+    return [Rank(value, output) for value, output in zip(values, outputs)]
+
+
+def _wait_for(processes: list, seconds: float) -> str | None:
+    """Wait until all have ended, one has failed or time is up; return what went wrong."""
+    deadline, running = time.monotonic() + seconds, dict(enumerate(processes))
+    while running:
+        if not wait([process.sentinel for process in running.values()], max(0, deadline - time.monotonic())):
+            return f"{seconds} s are over"
+        for rank, process in list(running.items()):
+            if process.exitcode is not None:
+                del running[rank]
+                if process.exitcode:
+                    return f"rank {rank} of {len(processes)} ended with {process.exitcode}"
+    return None
+
+
+def _be_rank(call: bytes, env: dict[str, str], path: Path) -> None:
+    """Be one rank: leave what the function returns and what is written in ``path`` with the endings .value and .out."""
+    server = psutil.Process().parent()
+    assert server.pid == multiprocessing.parent_process().pid or server.num_threads() == 1, "forked beside a thread"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(env)
+    with open(f"{path}.out", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    function, arguments = pickle.loads(call)
+    value = function(*arguments)
+    atexit._run_exitfuncs()  # which multiprocessing leaves out
+    Path(f"{path}.value").write_bytes(pickle.dumps(value))
+
+
+def _end_with_parent() -> None:
+    """Kill this process when the one that started it is gone, however that ended."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)

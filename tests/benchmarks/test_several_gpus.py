@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from processes import Process, run_ranks
+from forks import run_ranks
+from processes import Process
 
 sys.path.insert(1, str(ROOT / "benchmarks"))
 import several_gpus

@@ -8,8 +8,9 @@ import imageio.v3 as iio
 import pytest
 import torch
 from conftest import GOLDEN, load_runner, relative_error
+from forks import run_ranks
 from golden_clips import golden_clips
-from processes import Process, run_ranks
+from processes import Process
 from safetensors.torch import load_file
 from scripts import SCRIPTS, assert_plays_in_a_browser, flags_of, run, run_here, self_forcing_env, written  # noqa: F401
 

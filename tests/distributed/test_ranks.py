@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from processes import Process, run_ranks
+from forks import run_ranks
+from processes import Process
 
 NAME = "INFERIX_TEST_RANKS"
 """Environment variable of a test's ranks."""
@@ -51,7 +52,8 @@ def processes_with(mark: str) -> list[psutil.Process]:
 def test_no_process_outlives_one_that_is_killed(tmp_path):
     """Neither the ranks nor their fork server, which here imports nothing."""
     mark, began = uuid.uuid4().hex, tmp_path / "began"
-    code = f"import processes, test_ranks; processes.PRELOAD[:] = ['os']; processes.run_ranks(2, test_ranks.begin, {str(began)!r})"
+    code = "import forks, test_ranks; forks.FORKSERVER.set_forkserver_preload(['os']); "
+    code += f"forks.run_ranks(2, test_ranks.begin, {str(began)!r})"
     env = os.environ | {NAME: mark, "PYTHONPATH": os.pathsep.join(sys.path)}
     with Process([sys.executable, "-c", code], env) as process:
         process.wait_until(lambda: len(list(tmp_path.glob("began*"))) == 2)

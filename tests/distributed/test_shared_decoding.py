@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from processes import run_ranks
+from forks import run_ranks
 from torch import Tensor
 
 from inferix.config import ParallelConfig
