@@ -20,7 +20,8 @@ import torch
 from aiohttp import ClientSession
 from chromium import chromium
 from common import OUTPUT_FOLDER
-from live import Script, until
+from live import until
+from streaming import Script
 from torch import Tensor
 
 from inferix.cli.figures import machine_name, markdown_table, write_report

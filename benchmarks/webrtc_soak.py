@@ -17,7 +17,8 @@ import checkout  # noqa: F401
 import psutil
 from aiohttp import ClientSession
 from common import OUTPUT_FOLDER
-from live import Script, Viewer, state
+from live import Viewer, state
+from streaming import Script
 
 from inferix.cli.figures import write_report
 from inferix.cli.main import run

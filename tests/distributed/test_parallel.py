@@ -8,11 +8,11 @@ import imageio.v3 as iio
 import pytest
 import torch
 from conftest import GOLDEN, load_runner, relative_error
-from forks import run_ranks
+from forks import python_command, run_ranks
 from golden_clips import golden_clips
 from processes import Process
 from safetensors.torch import load_file
-from scripts import SCRIPTS, assert_plays_in_a_browser, flags_of, run, run_here, self_forcing_env, written  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, self_forcing_env, written  # noqa: F401
 
 import launch
 from inferix import InputError, ParallelConfig
@@ -122,7 +122,7 @@ def run_script(folder: Path, flags: list[str]) -> int:
 def test_folder_that_cannot_be_written(self_forcing_env, tmp_path):  # noqa: F811
     """Of two processes the first one finds it, and it alone speaks."""
     env = self_forcing_env | {"OUTPUT_FOLDER": "/proc/nowhere"}
-    flags = flags_of("self_forcing_quantized.sh", env, tmp_path)
+    _launch, _runner, *flags = python_command([SCRIPTS / "self_forcing_quantized.sh"], env, tmp_path)
     first, second = run_ranks(2, run_script, tmp_path, flags)
     assert (first.value, second.value, second.output) == (2, 0, "")
     assert first.output.startswith("error: ") and first.output.endswith("choose another folder\n")

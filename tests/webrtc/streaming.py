@@ -6,9 +6,8 @@ import signal
 from pathlib import Path
 
 import forks
-from live import LIMIT
+from live import LIMIT, ROOT
 from processes import Process
-from scripts import SCRIPTS
 
 
 class Script(Process):
@@ -23,7 +22,7 @@ class Script(Process):
 
     def __init__(self, name: str, output_folder: Path, prefix: tuple = (), **variables: str):
         self.folder = output_folder
-        command = [*prefix, SCRIPTS / f"{name}_quantized.sh"]
+        command = [*prefix, ROOT / f"example/quantization/{name}_quantized.sh"]
         defaults = {"ENABLE_WEBRTC": "1", "WEBRTC_PORT": "0", "OUTPUT_FOLDER": str(output_folder)}
         super().__init__(command, env=os.environ | defaults | variables)
 
