@@ -58,8 +58,8 @@ def run(script: str, env: dict[str, str], folder: Path, *arguments: str, **optio
         return process.wait(100)
 
 
-def flags_of(script: str, env: dict[str, str], folder: Path, *arguments: str) -> list[str]:
-    """Return the flags that ``script`` makes of its variables, for which a program in the place of Python prints them."""
+def command_of(script: str, env: dict[str, str], folder: Path, *arguments: str) -> list[str]:
+    """Return what ``script`` gives to Python, in whose place a program prints it: a file and its arguments."""
     python = folder / "print flags/python3"
     python.parent.mkdir(exist_ok=True)
     python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
@@ -68,7 +68,12 @@ def flags_of(script: str, env: dict[str, str], folder: Path, *arguments: str) ->
     output = subprocess.run(
         [SCRIPTS / script, *arguments], env=env, cwd=folder, capture_output=True, text=True, check=True, timeout=30
     )
-    _launch, _runner, *flags = output.stdout.split("\0")[:-1]
+    return output.stdout.split("\0")[:-1]
+
+
+def flags_of(script: str, env: dict[str, str], folder: Path, *arguments: str) -> list[str]:
+    """Return the flags that ``script`` makes of its variables for the runner."""
+    _launch, _runner, *flags = command_of(script, env, folder, *arguments)
     return flags
 
 
