@@ -158,9 +158,9 @@ def stop(*_):
     raise Stop
 
 signal.signal(signal.SIGALRM, stop)
-for moment in range(200):
+for moment in range(70):
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0001 * moment, 5)  # again if Python ignores it in a destructor
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0003 * moment, 5)  # again if Python ignores it in a destructor
         with VideoWriter("a.mp4") as writer:
             while True:
                 writer.write(clip(1))

@@ -10,12 +10,12 @@ from dax_layers import E4M3, E5M2, INT8
 
 from dax.quant.devices import check_device
 
-INT8_PROGRAM = """
+PROGRAM = """
 import torch
 from dax.quant import functional, kernels
 
 torch.manual_seed(0)
-for m, n, k in ((1, 16, 128), (17, 48, 256), (300, 528, 384)):
+for m, n, k in ((1, 16, 128), (17, 48, 256), (150, 272, 384)):  # the last one is of more tiles than the kernel has programs
     x, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     x_scale, w_scale = torch.rand(m, 1), torch.rand(n, 1)
     bias = torch.randn(n, dtype=torch.bfloat16)
@@ -29,15 +29,7 @@ for m, n, k in ((1, 16, 128), (17, 48, 256), (300, 528, 384)):
     hopper = kernels.int8_scaled_mm_hopper(x, w, x_scale[:, 0], w_scale[:, 0], bias)
     assert torch.equal(hopper, kernels.int8_scaled_mm(x, w, x_scale[:, 0], w_scale[:, 0], bias))
     assert torch.equal(kernels.int8_scaled_mm(x, w, x_scale[:, 0] * 0, w_scale[:, 0], bias), bias.expand(m, n))
-print("equal")
-"""
 
-
-GELU_PROGRAM = """
-import torch
-from dax.quant import functional, kernels
-
-torch.manual_seed(0)
 dtype, real = torch.int8, torch.float32  # the interpreter's casts to 8-bit floats are not a GPU's
 for m, k in ((8, 256), (7, 280), (5, 8960)):
     x = (torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]).to(real)
@@ -57,19 +49,17 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("program", [INT8_PROGRAM, GELU_PROGRAM], ids=["int8", "gelu"])
-def test_the_kernels_compute_what_plain_torch_does(program):
+def test_the_kernels_compute_what_plain_torch_does():
+    """In a process of its own: Triton reads the variable where a kernel is defined."""
     pytest.importorskip("triton")
     environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=110)
     assert done.stdout == "equal\n", done.stderr
 
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 """What a thread block may have, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
-
-every_architecture = pytest.mark.parametrize("capability", SHARED_MEMORY)
 
 
 def compile_for(capability, kernel, signature, constants, config):
@@ -95,7 +85,7 @@ def quiet_new_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # as it is without, said aloud
 
 
-@every_architecture
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_int8_kernel_fits_every_architecture(capability):
     kernels = pytest.importorskip("dax.quant.kernels")
     config = kernels.INT8_CONFIGS[kernels.int8_config(SHARED_MEMORY[capability])]
@@ -106,35 +96,53 @@ def test_the_int8_kernel_fits_every_architecture(capability):
     assert 0 < shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize("stages", [3, 4])
-def test_the_int8_kernel_for_hopper_fits_it(stages):
-    """It runs on compute capability 9.0 alone."""
+def test_the_int8_kernel_for_hopper_fits_it():
+    """It runs on compute capability 9.0 alone, with three stages or, which takes more, with four."""
     kernels = pytest.importorskip("dax.quant.kernels")
     import triton
 
     pointers = {"y_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
     signature = {"x_desc": "tensordesc<i8[128, 128]>", "w_desc": "tensordesc<i8[256, 128]>", **pointers}
     constants = {"BLOCK_K": 128, "GROUP_M": 8, "BLOCK_M": 128, "BLOCK_N": 256, "NUM_PROGRAMS": 132}
-    config = triton.Config({}, num_warps=8, num_stages=stages)
+    config = triton.Config({}, num_warps=8, num_stages=4)
     sizes = {"m": "i32", "n": "i32", "k": "i32"}
     shared = compile_for(90, kernels.int8_scaled_mm_tma_kernel, signature | sizes, constants, config)
     assert 0 < shared <= SHARED_MEMORY[90]
 
 
-@every_architecture
-@pytest.mark.parametrize("dtype", [INT8, E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("head, tail", [(8192, 1024), (8192, 8192)], ids=["Wan 1.3B", "longest"])
-def test_the_gelu_kernel_fits_every_architecture_that_multiplies_its_type(capability, dtype, head, tail, monkeypatch):
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("capability", [80, 86])
+def test_gpus_that_multiply_no_fp8_are_told_so(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    with pytest.raises(RuntimeError, match="compute capability 8.9 or more; .* use int8"):
+        check_device(dtype, torch.device("cuda"))
+
+
+WAN_1_3B, LONGEST = (8192, 1024), (8192, 8192)
+"""The two parts of a row."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "row"),
+    [
+        (INT8, 80, LONGEST),
+        (INT8, 120, LONGEST),
+        (E4M3, 89, LONGEST),
+        (E4M3, 90, LONGEST),
+        (E4M3, 90, WAN_1_3B),
+        (E4M3, 100, LONGEST),
+        (E4M3, 120, LONGEST),
+        (E5M2, 89, LONGEST),
+        (E5M2, 100, LONGEST),
+    ],
+    ids=str,
+)
+def test_the_gelu_kernel_fits_every_architecture_that_multiplies_its_type(dtype, capability, row):
     kernels = pytest.importorskip("dax.quant.kernels")
-    if dtype != INT8 and capability < 89:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
-        with pytest.raises(RuntimeError, match="compute capability 8.9 or more; .* use int8"):
-            check_device(dtype, torch.device("cuda"))
-        return
     names = {INT8: "*i8", E4M3: "*fp8e4nv", E5M2: "*fp8e5"}
     signature = {"x_ptr": "*bf16", "q_ptr": names[dtype], "scale_ptr": "*fp32", "k": "i32"}
     limits = {"qmax": 127.0, "smallest": 1e-38, "largest": 1e36}
-    constants = limits | {"HEAD": head, "TAIL": tail}
+    constants = limits | dict(zip(("HEAD", "TAIL"), row))
     shared = compile_for(capability, kernels.gelu_quantize_kernel, signature, constants, kernels.GELU_CONFIG)
     assert shared <= SHARED_MEMORY[capability]
 

@@ -1,7 +1,9 @@
 """run_compare.py and compare.sh on the golden model: what is measured, shown and suggested, and what is refused."""
 
+import contextlib
+import io
 import json
-import os
+import runpy
 import sys
 from pathlib import Path
 from statistics import mean
@@ -12,7 +14,8 @@ import pytest
 import torch
 import yaml
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, load_runner, small_config
-from processes import Process
+from forks import python_command
+from scripts import SCRIPTS
 
 import compare_report
 import run_compare
@@ -138,14 +141,16 @@ def test_prompts_that_a_small_model_knows():
 
 @pytest.fixture(scope="module")
 def suggested(tmp_path_factory) -> tuple[Path, str]:
-    """The folder and what was printed, of a search for the qconfig that keeps 42 dB."""
+    """The folder and what was printed, of a search for the qconfig that keeps 42 dB, as compare.sh starts it."""
     folder = tmp_path_factory.mktemp("sensitivity")
-    argv = flags(folder, prompt="A cat", sensitivity="fp8", psnr=42)
-    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    with Process([ROOT / "example/quantization/compare.sh", *argv], env) as process:
-        done = process.wait(110)
-    assert done.returncode == 0, done.stderr
-    return folder / "output", done.stdout
+    argv = flags(folder, prompt="A cat", psnr=42)
+    program, *argv = python_command([SCRIPTS / "compare.sh", *argv], {"SENSITIVITY": "fp8"}, folder)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [program, *argv])
+        runpy.run_path(program, run_name="__main__")
+    assert end.value.code == 0
+    return folder / "output", printed.getvalue()
 
 
 def test_sensitivity_ranks_every_group(suggested, self_forcing):
