@@ -16,6 +16,7 @@ from inferix.cli.prompt_file import COLUMNS, PromptEntry, entry_args, read_promp
 from inferix.cli.prompts import example_prompt, read_prompts, storyboard_of
 from inferix.config import ParallelConfig, PipelineConfig
 from inferix.errors import InputError
+from inferix.webrtc.address import check_address
 
 
 def parse_arguments(model: str, argv: list[str] | None = None) -> Namespace:
@@ -26,7 +27,7 @@ def parse_arguments(model: str, argv: list[str] | None = None) -> Namespace:
 
 
 def check(args: Namespace) -> None:
-    """Raises InputError where a path, a config, a prompt file or a length cannot work."""
+    """Raises InputError where a path, a config, a prompt file, a length or the page's address cannot work."""
     paths, _ = resolve_model_paths(args)
     config = find_config(args, paths)
     find_tiny_vae(args, paths)
@@ -37,6 +38,8 @@ def check(args: Namespace) -> None:
     if args.storyboard:
         storyboard_of(args, config)
     args.entries = prompt_entries(args, config)
+    if args.enable_webrtc and "RANK" not in os.environ:  # once on a machine
+        check_address(args.webrtc_host, args.webrtc_port)
 
 
 def prompt_entries(args: Namespace, config: PipelineConfig) -> list[PromptEntry] | None:

@@ -1,7 +1,6 @@
 """The page, its video and its controls over HTTP. Nothing that comes in from the network is trusted."""
 
 import asyncio
-import errno
 import ipaddress
 import json
 import logging
@@ -20,6 +19,7 @@ from yarl import URL
 from inferix.errors import InputError
 from inferix.pipelines.storyboard import MAX_BLEND, Prompt
 from inferix.webrtc.access import Access
+from inferix.webrtc.address import ADDRESS_ERRORS, address_error
 from inferix.webrtc.playout import Playout
 from inferix.webrtc.session import Session, WebRTCConfig
 from inferix.webrtc.viewers import Viewers, media_addresses
@@ -70,14 +70,9 @@ class Server:
         self.thread.start()
         try:
             self.session.url = self._call(self._open())
-        except (OSError, OverflowError, UnicodeError) as error:
+        except ADDRESS_ERRORS as error:
             self.close()
-            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            reason = "the port is taken" if taken else "no such address or port here"
-            raise InputError(
-                f"cannot serve the page at {self.host}:{self.port}, {reason}: choose others with --webrtc_host and "
-                "--webrtc_port (WEBRTC_PORT=...)"
-            ) from None
+            raise address_error(self.host, self.port, error) from None
         if self.session.config.token is None and not all(map(is_loopback, self.addresses)):
             print(
                 "warning: everybody who reaches this address can watch and steer; set WEBRTC_TOKEN to a secret",

@@ -1,6 +1,7 @@
 """What is answered before PyTorch is imported, however a program is started."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_wrong_variables(no_torch, tmp_path, name, variables, complaint):
     result = run(f"{name}_quantized.sh", no_torch | variables, tmp_path)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert result.stderr.startswith("error: ") and complaint in result.stderr
+
+
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "the port is taken"), ("192.0.2.1", "no such address")])
+def test_the_page_cannot_be_served(no_torch, tmp_path, host, reason):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        env = no_torch | {"ENABLE_WEBRTC": "1", "WEBRTC_HOST": host, "WEBRTC_PORT": str(port)}
+        result = run("self_forcing_quantized.sh", env, tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert f"{host}:{port}, {reason}" in result.stderr and "--webrtc_port" in result.stderr
 
 
 @pytest.mark.parametrize("name", RUNNERS)

@@ -21,8 +21,6 @@ from PIL import Image
 from streaming import ForkedScript, Script
 
 from inferix.pipelines.storyboard import Entry, read_storyboard
-from inferix.webrtc.server import serve
-from inferix.webrtc.session import WebRTCConfig
 
 pytestmark = pytest.mark.timeout(900)
 SMALL = {"HEIGHT": "32", "WIDTH": "32"}
@@ -237,12 +235,3 @@ def test_ctrl_c_while_nobody_has_come(tmp_path):
         script.url()
         assert script.interrupt() == 130 and "Traceback" not in script.stderr
     assert not script.folder.exists() or list(script.folder.iterdir()) == []
-
-
-def test_a_taken_port_is_said_in_one_line(tmp_path, capsys):
-    with serve(WebRTCConfig(port=0)):
-        port = urlsplit(capsys.readouterr().out.split()[-1]).port
-        with ForkedScript("self_forcing", tmp_path / "out", WEBRTC_PORT=str(port)) as script:
-            result = script.wait(LIMIT)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
-    assert "taken" in result.stderr and "--webrtc_port" in result.stderr
