@@ -10,10 +10,8 @@ from types import ModuleType
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in child processes: on models this small threads only wait
 
 import pytest
-import torch
 
-from inferix import CausVidPipeline, SelfForcingPipeline
-from inferix.cli.figures import relative_error_and_gain as relative_error  # noqa: F401  for the tests
+import inferix  # whose pipelines, and PyTorch, are imported by the tests and not in the process that starts their workers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "example/quantization"))  # the modules that the runners share
@@ -47,6 +45,8 @@ SLOW_FOLDERS = ["webrtc", "distributed", "benchmarks", "example", "cli"]
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no worker is left with one at the end; skip what needs a GPU."""
     items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS)
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -54,10 +54,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def self_forcing() -> SelfForcingPipeline:
+def self_forcing() -> "inferix.SelfForcingPipeline":
     """The golden Self-Forcing model, averaged weights, float32 on the CPU."""
     config = ROOT / "example/self_forcing/configs/self_forcing_dmd.yaml"
-    pipeline = SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu", dtype=torch.float32)
+    pipeline = inferix.SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu")
     pipeline.load_checkpoint(SELF_FORCING, use_ema=True)
     pipeline.setup_devices()
     pipeline.config = replace(pipeline.config, image_or_video_shape=(1, 9, 16, 8, 12))
@@ -65,10 +65,10 @@ def self_forcing() -> SelfForcingPipeline:
 
 
 @pytest.fixture(scope="session")
-def causvid() -> CausVidPipeline:
+def causvid() -> "inferix.CausVidPipeline":
     """The golden CausVid model, float32 on the CPU."""
     config = ROOT / "example/causvid/configs/causvid.yaml"
-    pipeline = CausVidPipeline(config, wan_base_model_path=BASE, device="cpu", dtype=torch.float32)
+    pipeline = inferix.CausVidPipeline(config, wan_base_model_path=BASE, device="cpu")
     pipeline.load_checkpoint(CAUSVID)
     pipeline.setup_devices()
     pipeline.config = replace(pipeline.config, image_or_video_shape=(1, 9, 16, 8, 12))

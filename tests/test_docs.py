@@ -106,9 +106,9 @@ def project(tmp_path, monkeypatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     missing = model_paths.ModelPaths(*[tmp_path / "not downloaded"] * 3)
     monkeypatch.setattr(model_paths, "REAL", dict.fromkeys(model_paths.REAL, missing))
-    for name, paths in model_paths.DEMO.items():  # clips of two blocks
+    for name, paths in model_paths.DEMO.items():  # clips of two blocks, 64 pixels wide
         short = tmp_path / paths.config.name
-        short.write_text(paths.config.read_text().replace("[1, 21, 16, 16, 16]", "[1, 6, 16, 16, 16]"))
+        short.write_text(paths.config.read_text().replace("[1, 21, 16, 16, 16]", "[1, 6, 16, 8, 8]"))
         monkeypatch.setitem(model_paths.DEMO, name, replace(paths, config=short))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -45,14 +45,15 @@ def decoded(path: Path) -> Tensor:
 
 
 def encoders(parent: int | None = None) -> list[int]:
-    """Return the ids of the live child processes of ``parent`` (default: this process)."""
+    """Return the ids of the live child processes of ``parent`` (default: this process) but for Python's own servers."""
     children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, ppid = stat.read_text().rpartition(")")[2].split()[:2]
+            name, _, rest = stat.read_text().rpartition(")")
+            state, ppid = rest.split()[:2]
         except OSError:  # it has just ended
             continue
-        if int(ppid) == (parent or os.getpid()) and state != "Z":
+        if int(ppid) == (parent or os.getpid()) and state != "Z" and "(python" not in name:
             children.append(int(stat.parent.name))
     return children
 

@@ -1,13 +1,17 @@
 """Groups of ranks that share out the videos of a list: real processes, killed and restarted."""
 
 import json
+import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
+from conftest import load_runner
+from forks import ForkedScript, python_command, run_ranks
 from processes import Process
 from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, self_forcing_env  # noqa: F401
 
@@ -53,17 +57,17 @@ def kill_rank(process: Process, rank: int) -> None:
 @pytest.mark.timeout(400)
 def test_killed_and_started_again(batch_env, tmp_path):
     """One of two groups' ranks, then the whole job: torchrun's restart and the next run go on, and nothing is made twice."""
-    env = batch_env | {"ULYSSES_SIZE": "2", "PET_MAX_RESTARTS": "1"}  # torch's variable for torchrun's --max-restarts
-    with Process([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
+    env = batch_env | {"PET_MAX_RESTARTS": "1"}  # torch's variable for torchrun's --max-restarts
+    with ForkedScript([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
         process.wait_until(lambda: lines(tmp_path), 100)
-        kill_rank(process, 3)
+        kill_rank(process, 1)
         killed_at = len(lines(tmp_path))
         process.wait_until(lambda: len(lines(tmp_path)) > killed_at + 1, 150)  # the other group may complete one more
-        for rank in range(4):
+        for rank in range(2):
             kill_rank(process, rank)
         process.popen.kill()
     made = len(lines(tmp_path))
-    assert {line["processes"] for line in lines(tmp_path)} == {2}
+    time.sleep(1)  # in its first second an incomplete file is left alone
     result = run_here(SCRIPT, batch_env | {"DATA_PARALLEL": "1"}, tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"videos             {8 - made} made, {made} complete before: my videos/manifest.jsonl" in result.stdout
@@ -73,7 +77,7 @@ def test_killed_and_started_again(batch_env, tmp_path):
 @pytest.mark.timeout(400)
 def test_interrupted(batch_env, tmp_path):
     """The first Ctrl-C lets the videos be completed that were begun."""
-    with Process([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path) as process:
         process.wait_until(lambda: lines(tmp_path))
         process.popen.send_signal(signal.SIGINT)
         result = process.wait(100)
@@ -82,6 +86,21 @@ def test_interrupted(batch_env, tmp_path):
     assert 1 <= made < 8 and f"{8 - made} of 8 videos are not made yet" in result.stderr
     videos = list((tmp_path / "my videos").iterdir())
     assert len(videos) == made + 1 and all(line.get("error") is None for line in lines(tmp_path))
+
+
+def run_runner(folder: str, flags: list[str]) -> int:
+    """Call the runner, in ``folder``, with ``flags``; return the exit code."""
+    os.chdir(folder)
+    return main.run(load_runner("self_forcing").main, flags)
+
+
+def test_groups_of_two_ranks(batch_env, tmp_path):
+    env = batch_env | {"ULYSSES_SIZE": "2"}
+    _launch, _runner, *flags = python_command([SCRIPTS / SCRIPT], env, tmp_path)
+    ranks = run_ranks(4, run_runner, str(tmp_path), flags)
+    assert {rank.value for rank in ranks} == {0}, ranks
+    assert {line["processes"] for line in lines(tmp_path)} == {2}
+    assert_each_once(tmp_path, 8)
 
 
 # --- without processes

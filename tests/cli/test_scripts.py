@@ -1,15 +1,15 @@
 """The scripts as a person starts them: real processes, from another folder, on the golden models."""
 
+import os
 import signal
-import subprocess
 
 import imageio.v3 as iio
 import numpy as np
+import psutil
 import pytest
 import torch
 from forks import ForkedScript
 from PIL import Image
-from processes import Process
 from scripts import (
     CAUSVID_SUFFIX,
     SCRIPTS,
@@ -122,13 +122,13 @@ def test_causvid_asks_for_a_prompt_when_its_rollout_begins(causvid_env, tmp_path
     assert_plays_in_a_browser(tmp_path / name, 3 * 24)
 
 
-def test_interactive_without_a_prompt(causvid_env, tmp_path):
-    """Standard input at its end, and closed."""
-    closed = ["bash", "-c", f'exec "{SCRIPTS}/causvid_quantized.sh" <&-']
-    for kind, command in ((ForkedScript, [SCRIPTS / "causvid_quantized.sh"]), (Process, closed)):
-        with kind(command, causvid_env | {"IS_INTERACTIVE": "1"}, cwd=tmp_path) as process:
-            result = process.wait()
-        assert result.returncode == 2 and "no prompt was typed" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize("stdin", ["at its end", "closed"])
+def test_interactive_without_a_prompt(causvid_env, tmp_path, monkeypatch, stdin):
+    monkeypatch.setattr(
+        "sys.stdin", None if stdin == "closed" else open(os.devnull)
+    )  # None is what Python makes of <&-
+    result = run_here("causvid_quantized.sh", causvid_env | {"IS_INTERACTIVE": "1"}, tmp_path)
+    assert result.returncode == 2 and "no prompt was typed" in result.stderr
     assert not list(tmp_path.rglob("*.mp4"))
 
 
@@ -144,20 +144,10 @@ def test_stopping_leaves_no_half_written_file(self_forcing_env, tmp_path, sent, 
     assert not list(folder.iterdir())
 
 
-def test_nohup_ignores_the_closed_terminal(self_forcing_env, tmp_path):
-    folder = tmp_path / "my videos"
-    command = ["bash", "-c", f'trap "" HUP; exec "{SCRIPTS}/self_forcing_quantized.sh"']
-    with Process(command, self_forcing_env, cwd=tmp_path) as process:
-        process.wait_until(lambda: folder.is_dir() and list(folder.iterdir()))
-        process.popen.send_signal(signal.SIGHUP)
-        result = process.wait()
-    assert result.returncode == 0 and len(list(folder.glob("*.mp4"))) == 1
-
-
 def test_full_disk(self_forcing_env, tmp_path):
-    command = ["bash", "-c", f'ulimit -f 8; exec "{SCRIPTS}/self_forcing_quantized.sh"']
-    with Process(command, self_forcing_env | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd=tmp_path) as process:
-        result: subprocess.CompletedProcess = process.wait(100)
+    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], self_forcing_env, cwd=tmp_path) as process:
+        psutil.Process(process.popen.pid).rlimit(psutil.RLIMIT_FSIZE, (8192, 8192))  # long before it writes
+        result = process.wait(100)
     assert result.returncode == 2, result.stderr
     assert "limit on file sizes" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not list((tmp_path / "my videos").iterdir())

@@ -36,6 +36,14 @@ raise SystemExit(run(main))
 """
 
 
+def test_nohup_ignores_the_closed_terminal():
+    program = PROGRAM.format("wait").replace("time.sleep(100)", "sys.stdin.readline()")
+    with Process(["bash", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, program]) as process:
+        process.wait_until(lambda: "waiting" in process.stdout)
+        process.popen.send_signal(signal.SIGHUP)
+        assert process.wait().returncode == 0
+
+
 @pytest.mark.parametrize("function", ["wait", "convert", "lose"])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_program(function, sent, code):

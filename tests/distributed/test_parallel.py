@@ -7,10 +7,9 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import GOLDEN, load_runner, relative_error
-from forks import python_command, run_ranks
+from conftest import GOLDEN, load_runner
+from forks import ForkedScript, python_command, run_ranks
 from golden_clips import golden_clips
-from processes import Process
 from safetensors.torch import load_file
 from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, self_forcing_env, written  # noqa: F401
 
@@ -18,6 +17,7 @@ import launch
 from inferix import InputError, ParallelConfig
 from inferix.cli import main
 from inferix.cli.devices import parallel_config
+from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.distributed.context_parallel import check_sizes
 
 
@@ -153,7 +153,7 @@ def test_exit_codes(rank_1, code, output, tmp_path):
 def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F811
     env = self_forcing_env | {"NPROC": "2", "NUM_OUTPUT_FRAMES": "3000"}
     videos = tmp_path / "my videos"
-    with Process([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
         process.wait_until(lambda: videos.is_dir() and any(path.stat().st_size for path in videos.iterdir()))
         (victim,) = process.descendants(RANK="1")
         victim.kill()

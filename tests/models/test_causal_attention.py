@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import relative_error
 
 from dax.quant.quantization import quantize_dynamic
 from dax.quant.quantization.qconfig import get_dynamic_fp8_per_token_act_per_channel_weight_qconfig as fp8
 from dax.quant.quantization.qconfig import get_dynamic_int8_per_token_act_per_channel_weight_qconfig as int8
+from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.models.attention import FP8, attention
 from inferix.models.causal_attention import CausalSelfAttention
 from inferix.models.config import TransformerConfig

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from torch import Tensor
 
+from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, attention, merge_partials, partial_attention, saturating_cast
 from inferix.models.causal_attention import CausalSelfAttention, subtract, token_mean

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, CAUSVID, SELF_FORCING, relative_error, small_config
+from conftest import BASE, CAUSVID, SELF_FORCING, small_config
 from processes import Process
 
 from inferix import SelfForcingPipeline
 from inferix.cli.devices import gpu_memory
+from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.models.attention import FP8
 from inferix.models.config import TransformerConfig
 from inferix.models.kv_cache import KVCache, WindowConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import relative_error
 
+from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.config import PipelineConfig
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast

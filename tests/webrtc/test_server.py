@@ -7,8 +7,10 @@ from collections.abc import Callable, Coroutine
 import pytest
 import torch
 from aiohttp import ClientSession, CookieJar, WSMsgType
+from aioice import ice
 from aiortc import RTCPeerConnection
-from live import Viewer, state, until
+from forks import FORKSERVER
+from live import Viewer, state, until, watch
 from PIL import Image
 
 from inferix import InputError
@@ -49,6 +51,22 @@ def test_a_viewer_over_http_sees_the_frames_and_is_counted():
             image = Image.open(io.BytesIO(data := await socket.receive_bytes()))
             assert image.format == "JPEG" and image.size == (32, 16)
             assert abs(brightness(data) - 128) < 6
+        await until(http, lambda now: now["viewers"] == 0)
+
+    with_server(body)
+
+
+def test_a_viewer_that_vanishes_gives_its_place_back(monkeypatch):
+    """After a time in which the network may have been away, 30 s, here a tenth of it."""
+    monkeypatch.setattr(ice, "CONSENT_INTERVAL", ice.CONSENT_INTERVAL / 10)
+
+    async def body(session, http):
+        viewer = FORKSERVER.Process(target=watch, args=(session.url,))
+        viewer.start()
+        try:
+            await until(http, lambda now: now["viewers"] == 1)
+        finally:
+            viewer.kill()
         await until(http, lambda now: now["viewers"] == 0)
 
     with_server(body)
