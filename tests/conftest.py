@@ -1,5 +1,6 @@
 """What several test files use: the golden data, and pipelines loaded from it."""
 
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector, which pipelines call, what was imported: it would look through it for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
