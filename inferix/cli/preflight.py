@@ -38,7 +38,10 @@ def check(args: Namespace) -> None:
     if args.storyboard:
         storyboard_of(args, config)
     args.entries = prompt_entries(args, config)
-    if args.enable_webrtc and "RANK" not in os.environ:  # once on a machine
+    single_node = (
+        os.environ.get("NNODES") or "1"
+    ) == "1"  # of several, one serves the page, whose address the rest lack
+    if args.enable_webrtc and single_node and "RANK" not in os.environ:  # before the ranks, one of which takes the port
         check_address(args.webrtc_host, args.webrtc_port)
 
 

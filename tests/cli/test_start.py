@@ -92,6 +92,12 @@ def test_the_page_cannot_be_served(no_torch, tmp_path, host, reason):
     assert f"{host}:{port}, {reason}" in result.stderr and "--webrtc_port" in result.stderr
 
 
+def test_a_node_lacks_the_address_of_another(no_torch, tmp_path):
+    variables = {"ENABLE_WEBRTC": "1", "WEBRTC_HOST": "192.0.2.1", "NNODES": "2", "NODE_RANK": "1", "NPROC": "1"}
+    result = run("self_forcing_quantized.sh", no_torch | variables, tmp_path)
+    assert "PyTorch was imported" in result.stderr and "cannot serve" not in result.stderr
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_every_flag_has_a_variable(no_torch, tmp_path, name):
     result = run(f"{name}_quantized.sh", no_torch, tmp_path, "--help")
