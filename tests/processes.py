@@ -26,11 +26,10 @@ class Process:
         env = (os.environ if env is None else env) | {MARK: self.mark}
         self.popen = self.start([str(word) for word in command], env, **options)
 
-    def start(self, command: list[str], env: dict[str, str], **options):
+    def start(self, command: list[str], env: dict[str, str], **options) -> subprocess.Popen:
+        """Return the process, its output going to ``self.files``."""
         stdout, stderr = self.files
-        return subprocess.Popen(
-            command, env=env, stdout=stdout, stderr=stderr, **({"stdin": subprocess.PIPE} | options)
-        )
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, **options)
 
     def __enter__(self) -> "Process":
         return self

@@ -73,6 +73,12 @@ def run_here(script: str, env: dict[str, str], folder: Path, *arguments: str) ->
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
+def run_runner(folder: Path, flags: list[str]) -> int:
+    """Be one of the processes that self_forcing_quantized.sh starts; return its exit code."""
+    os.chdir(folder)
+    return main.run(load_runner("self_forcing").main, flags)
+
+
 def written(result: subprocess.CompletedProcess, folder: Path) -> list[Path]:
     """Return the files that a successful run says it has written, which are all there are and have a record each."""
     assert result.returncode == 0, result.stderr

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import ROOT, load_runner
+from forks import python_command
 
 import inferix
 import run_compare
@@ -141,7 +142,7 @@ def check_script(command: Command, project: Path, runs: bool, monkeypatch) -> No
     unknown = [name for name in command.variables if not re.search(rf"\b{name}\b", known)]
     assert not unknown, f"{script} has no variable {unknown}"
     short = {name: value for name, value in SHORT.items() if not command.variables.keys() & EXCLUDED.get(name, set())}
-    flags = flags_of(command, short, project / "stub")
+    flags = flags_of(command, short, project)
     if not runs:
         parse(RUNNERS[script.name], flags, monkeypatch)
     elif "NPROC" in command.variables:
@@ -156,17 +157,11 @@ def environment() -> dict[str, str]:
     return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
 
 
-def flags_of(command: Command, defaults: dict[str, str], stub: Path) -> list[str]:
-    """Return the flags that a script passes on: run it with a ``python3`` that prints its arguments."""
-    python = stub / "python3"
-    if not python.exists():
-        stub.mkdir()
-        python.write_text('#!/bin/bash\n[[ "$1" == -c ]] || printf "%s\\0" "$@"\n')
-        python.chmod(0o755)
-    env = {"PATH": f"{stub}:/usr/bin:/bin", "VIRTUAL_ENV": str(stub)} | defaults | command.variables
-    printed = subprocess.run(command.words, env=env, capture_output=True, text=True, check=True).stdout.split("\0")
+def flags_of(command: Command, defaults: dict[str, str], project: Path) -> list[str]:
+    """Return the flags that a script passes on."""
+    words = python_command(command.words, defaults | command.variables, project)
     runner = RUNNERS[Path(command.words[0]).name]
-    return printed[next(i for i, word in enumerate(printed) if word.endswith(runner)) + 1 : -1]
+    return words[next(i for i, word in enumerate(words) if word.endswith(runner)) + 1 :]
 
 
 def parse(runner: str, flags: list[str], monkeypatch) -> None:

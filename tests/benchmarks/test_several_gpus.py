@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -11,6 +10,7 @@ from forks import run_ranks
 sys.path.insert(1, str(ROOT / "benchmarks"))
 import several_gpus
 from common import GEOMETRIES
+from small_demo import small_demo
 from user import COLUMNS
 
 from inferix import InputError
@@ -19,9 +19,7 @@ from inferix.distributed.context_parallel import shutdown
 
 def measure_small(*flags: str) -> None:
     """Be a rank of the benchmark, with a demo model of two layers and smaller frames."""
-    demo = GEOMETRIES["demo"]
-    config = replace(demo.config, image_or_video_shape=(1, 21, 16, 8, 8))
-    GEOMETRIES["demo"] = replace(demo, transformer=replace(demo.transformer, num_layers=2), config=config)
+    GEOMETRIES["demo"] = small_demo(GEOMETRIES["demo"])
     several_gpus.main(["--num_frames=6", "--repeats=1", *flags])
     shutdown()
 

@@ -1,13 +1,11 @@
 """The benchmarks of speed and memory as they run without a GPU: what they print, and the files they write."""
 
 import json
-import os
-import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from forks import python_command
 from PIL import Image
 
 sys.path.insert(1, str(ROOT / "benchmarks"))
@@ -19,6 +17,7 @@ import user
 import webrtc_soak  # noqa: F401  it can be imported
 from common import GEOMETRIES
 from settings import SETTINGS, missing
+from small_demo import small_demo
 
 from inferix import InputError
 from inferix.cli.figures import MAX_ERROR
@@ -30,23 +29,12 @@ def read_json(path) -> dict:
 
 
 def test_script_passes_flags_on(tmp_path):
-    """A program in the place of Python prints what it is started with."""
-    python = tmp_path / "python3"
-    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    python.chmod(0o755)
-    env = os.environ | {"VIRTUAL_ENV": "set", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = [ROOT / "benchmarks/benchmark.sh", "--settings", "bf16", "two words"]
-    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=30).stdout
-    assert printed.splitlines() == [str(ROOT / "benchmarks/speed.py"), "--settings", "bf16", "two words"]
+    assert python_command(command, {}, tmp_path) == [str(ROOT / "benchmarks/speed.py"), *command[1:]]
 
 
 def test_speed(tmp_path, capsys, monkeypatch):
-    """With two layers and frames smaller than the demo's."""
-    demo = GEOMETRIES["demo"]
-    config = replace(demo.config, image_or_video_shape=(1, 21, 16, 8, 8))
-    monkeypatch.setitem(
-        GEOMETRIES, "demo", replace(demo, transformer=replace(demo.transformer, num_layers=2), config=config)
-    )
+    monkeypatch.setitem(GEOMETRIES, "demo", small_demo(GEOMETRIES["demo"]))
     flags = ["--settings", "bf16", "fp8+fp8kv", "--repeats=1", "--num_frames=6", f"--output_folder={tmp_path}"]
     assert run(speed.main, flags) == 0
     printed = capsys.readouterr().out

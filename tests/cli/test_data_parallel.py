@@ -1,7 +1,6 @@
 """Groups of ranks that share out the videos of a list: real processes, killed and restarted."""
 
 import json
-import os
 import signal
 import time
 from contextlib import suppress
@@ -10,10 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from conftest import load_runner
 from forks import ForkedScript, python_command, run_ranks
 from processes import Process
-from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, self_forcing_env  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, run_runner, self_forcing_env  # noqa: F401
 
 from inferix import InputError, ParallelConfig
 from inferix.cli import data_parallel, main
@@ -88,16 +86,10 @@ def test_interrupted(batch_env, tmp_path):
     assert len(videos) == made + 1 and all(line.get("error") is None for line in lines(tmp_path))
 
 
-def run_runner(folder: str, flags: list[str]) -> int:
-    """Call the runner, in ``folder``, with ``flags``; return the exit code."""
-    os.chdir(folder)
-    return main.run(load_runner("self_forcing").main, flags)
-
-
 def test_groups_of_two_ranks(batch_env, tmp_path):
     env = batch_env | {"ULYSSES_SIZE": "2"}
     _launch, _runner, *flags = python_command([SCRIPTS / SCRIPT], env, tmp_path)
-    ranks = run_ranks(4, run_runner, str(tmp_path), flags)
+    ranks = run_ranks(4, run_runner, tmp_path, flags)
     assert {rank.value for rank in ranks} == {0}, ranks
     assert {line["processes"] for line in lines(tmp_path)} == {2}
     assert_each_once(tmp_path, 8)

@@ -37,6 +37,17 @@ def test_compiles_without_a_graph_break(qconfig, device):
         torch.testing.assert_close(few, model(x[:, :1]), rtol=0.02, atol=0.02)
 
 
+@every_device
+@pytest.mark.parametrize("name", ["fp8", "int8-tensor"])
+def test_compiles_for_any_size(name, device):
+    model = quantized_mlp(DYNAMIC[name], device)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (19, 7):
+        x = torch.randn(2, rows, 40, device=device)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_inference_is_one_graph_with_no_operation_for_gradients():
     """Without gradients, a graph does not tell whether the bias would want one."""
     graphs = []

@@ -125,15 +125,9 @@ WAN_1_3B, LONGEST = (8192, 1024), (8192, 8192)
 @pytest.mark.parametrize(
     ("dtype", "capability", "row"),
     [
-        (INT8, 80, LONGEST),
-        (INT8, 120, LONGEST),
-        (E4M3, 89, LONGEST),
-        (E4M3, 90, LONGEST),
+        *((INT8, capability, LONGEST) for capability in SHARED_MEMORY),
+        *((dtype, capability, LONGEST) for dtype in (E4M3, E5M2) for capability in SHARED_MEMORY if capability >= 89),
         (E4M3, 90, WAN_1_3B),
-        (E4M3, 100, LONGEST),
-        (E4M3, 120, LONGEST),
-        (E5M2, 89, LONGEST),
-        (E5M2, 100, LONGEST),
     ],
     ids=str,
 )

@@ -1,21 +1,18 @@
 """Several processes share a video: real ones that talk through gloo."""
 
-import os
 import signal
-from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import GOLDEN, load_runner
+from conftest import GOLDEN
 from forks import ForkedScript, python_command, run_ranks
 from golden_clips import golden_clips
 from safetensors.torch import load_file
-from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, self_forcing_env, written  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, run_runner, self_forcing_env, written  # noqa: F401
 
 import launch
 from inferix import InputError, ParallelConfig
-from inferix.cli import main
 from inferix.cli.devices import parallel_config
 from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.distributed.context_parallel import check_sizes
@@ -113,17 +110,11 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
         assert abs(videos[0] - videos[1]).mean() < 0.5  # of 255; sums in another order, through a lossy encoder
 
 
-def run_script(folder: Path, flags: list[str]) -> int:
-    """Be one of the processes that the script starts; return its exit code."""
-    os.chdir(folder)
-    return main.run(load_runner("self_forcing").main, flags)
-
-
 def test_folder_that_cannot_be_written(self_forcing_env, tmp_path):  # noqa: F811
     """Of two processes the first one finds it, and it alone speaks."""
     env = self_forcing_env | {"OUTPUT_FOLDER": "/proc/nowhere"}
     _launch, _runner, *flags = python_command([SCRIPTS / "self_forcing_quantized.sh"], env, tmp_path)
-    first, second = run_ranks(2, run_script, tmp_path, flags)
+    first, second = run_ranks(2, run_runner, tmp_path, flags)
     assert (first.value, second.value, second.output) == (2, 0, "")
     assert first.output.startswith("error: ") and first.output.endswith("choose another folder\n")
     assert first.output.count("\n") == 1

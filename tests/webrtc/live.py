@@ -76,11 +76,11 @@ async def until(session: ClientSession, condition, seconds: float = LIMIT) -> di
 
 
 def watch(url: str) -> None:
-    """Watch until killed."""
+    """Watch until killed, at most ``LIMIT`` seconds."""
 
     async def body() -> None:
         async with ClientSession(url) as session:
             await Viewer(session).connect()
-            await asyncio.sleep(3600)
+            await asyncio.sleep(LIMIT)
 
     asyncio.run(body())
