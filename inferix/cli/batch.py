@@ -113,10 +113,10 @@ class Batch:
                 time.sleep(POLL_SECONDS)
             self.refresh()
         stopped = self.queue.stop_requested()
-        if self.is_first:
+        if self.is_first:  # the others end without an error, upon which torchrun would end those that still write
             self.finish(stopped)
-        if stopped:
-            raise KeyboardInterrupt
+            if stopped:
+                raise KeyboardInterrupt
 
     def stop_requested(self) -> bool:
         """Return whether Ctrl-C was pressed in any group."""
