@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inferix.cli.figures import machine_name, markdown_table, relative_error_and_gain
 from inferix.models import attention_kernels as kernels
-from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast
+from inferix.models.attention import FP8, Part, attention_by_part, merge_partials, partial_attention, saturating_cast
 
 TOKENS, HEAD_DIM = 4680, 128
 
@@ -28,13 +28,13 @@ def inputs(heads: int, keys: int, mean: float) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v + means.repeat_interleave(TOKENS, 0)[None]
 
 
-def fp8_by_part(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+def fp8_by_part(kernel: Callable, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     """Return 8-bit attention with one part for each block of frames, as the 8-bit cache does it."""
     parts = [Part(start, TOKENS) for start in range(0, k.shape[1], TOKENS)]
     means = torch.stack([v[:, part.start : part.start + TOKENS].mean(1) for part in parts])
     centred = torch.cat([v[:, p.start : p.start + TOKENS] - m[:, None] for p, m in zip(parts, means)], dim=1)
     q, k, v = (saturating_cast(x, FP8) for x in (q, k, centred))
-    return lambda: merge_partials(partial_attention(q, k, v, torch.bfloat16, parts, means), torch.bfloat16)
+    return lambda: merge_partials(attention_by_part(kernel, q, k, v, parts, means), torch.bfloat16)
 
 
 def with_kernel(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -54,13 +54,15 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 7], help="blocks of 4680 keys in the window")
     args = parser.parse_args()
     device, clock, rows = torch.device("cuda"), Clock(torch.device("cuda")), []
-    fa3 = kernels.flash_attention_3(device)
+    fa3, fa3_fp8 = (kernels.flash_attention_3(device, dtype) for dtype in (torch.bfloat16, FP8))
     for heads in args.heads:
         for blocks in args.blocks:
             for mean in (0.5, 2.0):
                 q, k, v = inputs(heads, blocks * TOKENS, mean)
                 exact = kernels.aten_efficient_attention(q, k, v)[0].flatten(2)
-                ways = {"fp8 by part": fp8_by_part(q, k, v)}
+                ways = {"fp8 by part": fp8_by_part(kernels.cudnn_fp8_attention, q, k, v)}
+                if fa3_fp8:
+                    ways["fp8 by part, FlashAttention-3"] = fp8_by_part(fa3_fp8, q, k, v)
                 ways["fp8 as a whole"] = with_kernel(kernels.cudnn_fp8_attention, q, k, v, FP8)
                 if mean == 0.5:
                     split = lambda q, k, v: (merge_partials(partial_attention(q, k, v, q.dtype), q.dtype), None)  # noqa: E731

@@ -34,12 +34,17 @@ class Geometry:
     transformer: TransformerConfig
     vae_base_dim: int
     config: PipelineConfig
+    reference_dtype: torch.dtype = torch.float32
+    """What errors are relative to."""
 
 
 GEOMETRIES = {
     "1.3b": Geometry(TransformerConfig(), 96, SAMPLERS["self_forcing"]),
     "14b": Geometry(
-        TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), 96, SAMPLERS["self_forcing"]
+        TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+        96,
+        SAMPLERS["self_forcing"],
+        reference_dtype=torch.bfloat16,  # 57 GB of float32 weights and 54 GB of cache fit no GPU of 80 GB
     ),
     "demo": Geometry(
         TransformerConfig(dim=128, ffn_dim=512, freq_dim=128, text_dim=64, text_len=64, num_heads=4, num_layers=6),
@@ -202,12 +207,11 @@ def clip_latents(pipeline: CausalInferencePipeline, embeds: Tensor, seed: int = 
 
 @torch.no_grad()
 def reference_latents(geometry: Geometry, device: torch.device) -> list[Tensor]:
-    """Return the latents of ``clip_latents`` computed in float32 with plain attention, not compiled."""
-    pipeline = CausalInferencePipeline(
-        geometry.config, RandomCheckpoint(geometry, device, torch.float32), device, torch.float32
-    )
+    """Return the latents of ``clip_latents`` computed in the geometry's ``reference_dtype``, not compiled."""
+    dtype = geometry.reference_dtype
+    pipeline = CausalInferencePipeline(geometry.config, RandomCheckpoint(geometry, device, dtype), device, dtype)
     pipeline.generator.model.to(device)
-    return clip_latents(pipeline, random_prompt(geometry, device, torch.float32))
+    return clip_latents(pipeline, random_prompt(geometry, device, dtype))
 
 
 def median_seconds(milliseconds: list[float]) -> float:

@@ -2,7 +2,7 @@
 
 Prints tables and writes benchmark.json, benchmark.png (seconds) and benchmark_error.png (error by block). Times are medians of
 CUDA events after warm-up; text embeddings are given. Errors are those of a whole clip's latents against float32 with plain
-attention, from the same weights and draws. ``--help`` lists the flags.
+attention (bfloat16 for the 14B model, as a GPU cannot hold more), from the same weights and draws. ``--help`` lists the flags.
 """
 
 import argparse
@@ -50,8 +50,8 @@ from inferix.errors import InputError
 from inferix.runtime.memory import num_bytes
 
 
-def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: int) -> dict:
-    """Return all figures of one setting."""
+def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: int, user: bool) -> dict:
+    """Return the figures of one setting; with ``user`` those of the scripts too."""
     setting, (device, dtype) = SETTINGS[name], default_device()
     clock = Clock(device)
     free_memory(device)
@@ -71,7 +71,8 @@ def measure(geometry: Geometry, name: str, exact: list[Tensor] | None, repeats: 
     result["fps"] = (4 * (geometry.config.image_or_video_shape[1] - 1) + 1) / result["end_to_end_s"]
     if device.type == "cuda":
         result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    result |= user_figures(pipeline, geometry, embeds, clock, repeats)
+    if user:
+        result |= user_figures(pipeline, geometry, embeds, clock, repeats)
     if exact is not None:
         result["error"], result["gain"] = errors_by_block(clip_latents(pipeline, embeds), exact)
     return result
@@ -116,17 +117,19 @@ def cells(result: Mapping, columns: Iterable[str] = COLUMNS) -> list[str]:
     return [text(key) for key in columns]
 
 
-def tables(results: Mapping[str, dict]) -> str:
-    """Return the figures, the relative error and the gain by block, and the milliseconds by block, as Markdown."""
+def tables(results: Mapping[str, dict], reference: str) -> str:
+    """Return the figures, the relative error to the ``reference`` and the gain by block, and the milliseconds, as Markdown."""
     parts = []
     for columns in (COLUMNS, USER_COLUMNS):
+        if not any(column in result for column in columns for result in results.values()):
+            continue
         rows = [[name, *cells(result, columns)] for name, result in results.items()]
         parts.append(markdown_table(["setting", *columns.values()], rows))
     compared = {name: result for name, result in results.items() if "error" in result}
     if compared:
         errors = {name: [format_error(error, name) for error in r["error"]] for name, r in compared.items()}
         gains = {name: [format_gain(gain) for gain in r["gain"]] for name, r in compared.items()}
-        parts += ["Relative error to float32:", block_table(errors), "Gain:", block_table(gains)]
+        parts += [f"Relative error to {reference}:", block_table(errors), "Gain:", block_table(gains)]
     times = {
         name: [f"{ms:.1f} ({low:.1f}–{high:.1f})" for ms, (low, high) in zip(r["block_ms"], r["block_spread_ms"])]
         for name, r in results.items()
@@ -149,7 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: all that can be run here")
-    parser.add_argument("--no_error", action="store_true", help="do not compute the float32 reference")
+    parser.add_argument("--no_error", action="store_true", help="do not compute the reference")
+    parser.add_argument(
+        "--no_user", action="store_true", help="leave out what a user of the scripts sees, which takes longest"
+    )
     args = parser.parse_args(argv)
     names = args.settings or [name for name in SETTINGS if not missing(name)]
     for name in names:
@@ -160,11 +166,13 @@ def main(argv: list[str] | None = None) -> None:
     report = {"geometry": args.geometry, "vae_decode_s": measure_vae(geometry, args.repeats), "settings": {}}
     print(f"VAE decode of the clip: {report['vae_decode_s']:.3f} s", flush=True)
     for name in names:
-        report["settings"][name] = measure(geometry, name, exact, args.repeats)
+        report["settings"][name] = measure(geometry, name, exact, args.repeats, not args.no_user)
         known = zip(COLUMNS.values(), cells(report["settings"][name]))
         print(f"{name}: " + ", ".join(f"{header} {cell}" for header, cell in known if cell), flush=True)
         write_report(args.output_folder / "benchmark.json", report)
-    print(f"\n{machine_name()}, torch {torch.__version__}, {args.geometry} geometry\n\n{tables(report['settings'])}")
+    reference = str(geometry.reference_dtype).removeprefix("torch.")
+    print(f"\n{machine_name()}, torch {torch.__version__}, {args.geometry} geometry\n")
+    print(tables(report["settings"], reference))
     plot_seconds(report["settings"], args.output_folder / "benchmark.png")
     if exact is not None:
         compared = {name: result for name, result in report["settings"].items() if "error" in result}

@@ -4,9 +4,8 @@ Shapes: queries q [B, T, H, d]; keys k and values v [B, K, H, d]; log-sum-exps o
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,24 +52,15 @@ def merge_partials(partials: PartialAttention, dtype: torch.dtype) -> Tensor:
     out, lse, value_mean = partials
     if out.shape[0] == 1 and value_mean is None and out.dtype != FP8:
         return out[0].flatten(2).to(dtype)
-    weights = lse.softmax(0)  # on its own: in one kernel with the sum every element would compute it again
-    return (compiled_weighted_sum() if out.is_cuda else weighted_sum)(out, weights, value_mean, dtype)
-
-
-def weighted_sum(out: Tensor, weights: Tensor, value_mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the sum over P of ``weights`` [P, B, H, T] times (``out`` [P, B, T, H, d] + ``value_mean`` [P, B, H, d])."""
     scale = 1 / kernels.FP8_OUTPUT_SCALE if out.dtype == FP8 else 1.0
-    weights = weights.transpose(-1, -2)[..., None]
-    total: Any = 0
-    for i in range(out.shape[0]):  # unrolled: no tensor of all parts in float32
-        part = out[i].float() * scale
-        total = total + (part if value_mean is None else part + value_mean[i][:, None]) * weights[i]
-    return total.flatten(2).to(dtype)
+    if out.is_cuda:
+        from inferix.models.merge_kernel import merge  # Triton's, which not every CPU build of PyTorch comes with
 
-
-@cache
-def compiled_weighted_sum() -> Callable:
-    return torch.compile(weighted_sum)  # the number of parts is unrolled, the number of tokens may vary
+        return merge(out, lse, value_mean, scale, dtype)
+    values = out.float() * scale
+    if value_mean is not None:
+        values = values + value_mean[:, :, None]
+    return (values * lse.softmax(0).transpose(-1, -2)[..., None]).sum(0).flatten(2).to(dtype)
 
 
 class Part(NamedTuple):
@@ -105,10 +95,10 @@ def partial_attention(
     if value_mean is None:
         out, lse = kernel(q, k, v)
         return PartialAttention(out[None], lse[None]) if out.ndim == 4 else PartialAttention(out, lse)
-    return _attention_by_part(kernel, q, k, v, parts, value_mean)
+    return attention_by_part(kernel, q, k, v, parts, value_mean)
 
 
-def _attention_by_part(
+def attention_by_part(
     kernel: Callable, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], value_mean: Tensor
 ) -> PartialAttention:
     """Attend to every part on its own; consecutive parts of equal length form one batch, for a single launch."""

@@ -32,8 +32,9 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     capability = torch.cuda.get_device_capability(device)
     table: list[tuple[tuple[int, int] | None, torch.dtype, Kernel | None]] = [
         # capability it was verified on (None: any), dtype, kernel (None: not installed)
-        ((9, 0), torch.bfloat16, flash_attention_3(device)),
+        ((9, 0), torch.bfloat16, flash_attention_3(device, torch.bfloat16)),
         ((9, 0), torch.bfloat16, cudnn_attention),
+        ((9, 0), torch.float8_e4m3fn, flash_attention_3(device, torch.float8_e4m3fn)),
         ((9, 0), torch.float8_e4m3fn, cudnn_fp8_attention if _is_installed("cudnn") else None),
         (None, torch.bfloat16, aten_flash_attention),
         (None, torch.float16, aten_flash_attention),
@@ -97,27 +98,31 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Result:
     return (out[:, None], lse[:, None]) if parts > 1 else (out, lse)
 
 
-# --- FlashAttention-3, 16 bits ---
+# --- FlashAttention-3, 16 and 8 bits ---
 
 FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
 """Modules that may hold it: the official build, then the package fa3-fwd, somebody else's build of the same code."""
 
 
 @cache
-def flash_attention_3(device: torch.device) -> Kernel | None:
-    """Return FlashAttention-3's kernel; None where it is not installed, or, with a warning, fails or gives wrong results."""
+def flash_attention_3(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """Return FlashAttention-3's kernel for inputs of ``dtype``, bfloat16 or float8_e4m3fn; its results are in bfloat16.
+
+    None where it is not installed, or, with a warning, where it fails or gives wrong results. 8-bit values should have zero
+    mean, as for ``cudnn_fp8_attention``.
+    """
     for name in FLASH_ATTENTION_3:
         if not _is_installed(name) or torch.cuda.get_device_capability(device) != (9, 0):
             continue
         try:
             function = importlib.import_module(name).flash_attn_func
-            return _verified_flash_attention_3(function, device)
+            return _verified_flash_attention_3(function, device, dtype)
         except Exception as error:  # a module of that name may be anything, and fail in any way
-            warnings.warn(f"{name} is not used: {error}", stacklevel=2)
+            warnings.warn(f"{name} is not used for {dtype}: {error}", stacklevel=2)
     return None
 
 
-def _verified_flash_attention_3(function: Callable, device: torch.device) -> Kernel:
+def _verified_flash_attention_3(function: Callable, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return a kernel that calls ``function``. Raises ValueError where its signature or its results are not FA3's."""
     parameters = inspect.signature(function).parameters
     if missing := {"q", "k", "v", "num_splits"} - parameters.keys():
@@ -126,19 +131,23 @@ def _verified_flash_attention_3(function: Callable, device: torch.device) -> Ker
         {"return_attn_probs": True} if "return_attn_probs" in parameters else {}
     )  # older builds always return both
     processors = torch.cuda.get_device_properties(device).multi_processor_count
+    eight_bit = dtype.itemsize == 1
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Result:
-        splits = fa3_num_splits(q.shape[0], q.shape[1], k.shape[1], q.shape[2], processors)
+        # 8-bit keys come in parts already, which fill the GPU
+        splits = 1 if eight_bit else fa3_num_splits(q.shape[0], q.shape[1], k.shape[1], q.shape[2], processors)
         out, lse, *_ = function(q, k, v, num_splits=splits, **with_lse)
         return out, lse
 
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(1, n, 2, 128, device=device, generator=generator) for n in (96, 640, 640))
-    wanted, wanted_lse = aten_efficient_attention(q, k, v)
-    out, lse = kernel(*(x.bfloat16() for x in (q, k, v)))
+    sizes = (96, 640, 640)
+    q, k, v = (torch.randn(1, n, 2, 128, device=device, generator=generator).to(dtype) for n in sizes)
+    wanted, wanted_lse = aten_efficient_attention(*(x.float() for x in (q, k, v)))
+    out, lse = kernel(q, k, v)
     if out.shape != wanted.shape or lse.shape != wanted_lse.shape:
         raise ValueError("flash_attn_func returns other shapes than FlashAttention-3")
-    if (out.float() - wanted).norm() > 0.02 * wanted.norm() or (lse.float() - wanted_lse).abs().max() > 0.05:
+    tolerance = 0.1 if eight_bit else 0.02  # softmax weights are in 8 bits too
+    if (out.float() - wanted).norm() > tolerance * wanted.norm() or (lse.float() - wanted_lse).abs().max() > 0.05:
         raise ValueError("flash_attn_func does not compute attention")
     return kernel
 

@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice, repeat
 
@@ -47,6 +48,8 @@ class CausalInferencePipeline:
         enable_kv_offload: bool = False,
     ):
         parallel = parallel or ParallelConfig()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # CUDA graphs, Triton's kernels and cuDNN's handle are the current device's
         self.config, self.device, self.dtype = config, device, dtype
         self.generator = WanDiffusionWrapper(base.transformer(), config)
         height, width = config.image_or_video_shape[-2:]
@@ -102,14 +105,18 @@ class CausalInferencePipeline:
         device, and the VAE decodes frame by frame.
         """
         self.low_memory = low_memory
-        self.generator.model.to(self.device, self.dtype)
-        if self.text_encoder is not None:
-            self.text_encoder.to(self.device, self.dtype, on_demand=low_memory)
-        if self.vae is not None:
-            self.vae.to(self.device, self.dtype)
-            self.vae.low_memory = low_memory
-        if self.device.type == "cuda":
-            self.generator.model.compile_repeated_blocks()
+        copied: Future | None = None
+        with ThreadPoolExecutor(1) as copies:  # beside the imports of the compiler, which take as long
+            if self.text_encoder is not None:
+                copied = copies.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory)
+            self.generator.model.to(self.device, self.dtype)
+            if self.vae is not None:
+                self.vae.to(self.device, self.dtype)
+                self.vae.low_memory = low_memory
+            if self.device.type == "cuda":
+                self.generator.model.compile_repeated_blocks()
+            if copied is not None:
+                copied.result()  # raises what went wrong
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Return one draw of standard normal noise."""

@@ -6,7 +6,7 @@ import torch
 from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.config import PipelineConfig
 from inferix.models import attention_kernels as kernels
-from inferix.models.attention import FP8, Part, merge_partials, partial_attention, saturating_cast
+from inferix.models.attention import FP8, Part, attention_by_part, merge_partials, saturating_cast
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
@@ -92,6 +92,18 @@ def test_an_offloaded_cache_changes_not_a_bit(kv_cache_dtype):
     assert torch.equal(resident, offloaded)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_another_gpu_than_the_first_computes_the_same(kv_cache_dtype):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.compiler.reset()
+    try:
+        first, second = (latents(build(torch.device("cuda", n), kv_cache_dtype=kv_cache_dtype)) for n in (0, 1))
+    finally:
+        torch.cuda.set_device(0)
+    assert torch.equal(first, second)
+
+
 def test_eight_bit_cache_keeps_the_magnitude():
     exact = latents(build(torch.device("cpu"), torch.float32))
     error, gain = relative_error(latents(build(kv_cache_dtype="fp8")), exact)
@@ -100,9 +112,12 @@ def test_eight_bit_cache_keeps_the_magnitude():
 
 @pytest.mark.parametrize("mean", [0.5, 2.0])
 @pytest.mark.parametrize("heads", [6, 12, 40])
-def test_eight_bit_attention(heads, mean):
-    if kernels.select(CUDA, FP8) is None:
-        pytest.skip("needs a Hopper GPU and nvidia-cudnn-frontend")
+@pytest.mark.parametrize("kernel", ["cudnn", "FlashAttention-3"])
+def test_eight_bit_attention(kernel, heads, mean):
+    cudnn = kernels.cudnn_fp8_attention if kernels._is_installed("cudnn") else None
+    attend = cudnn if kernel == "cudnn" else kernels.flash_attention_3(CUDA, FP8)
+    if torch.cuda.get_device_capability() != (9, 0) or attend is None:
+        pytest.skip(f"needs a Hopper GPU and {kernel}")
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4680 * n, heads, 128, device=CUDA) for n in (1, 7, 7))
     v += mean * torch.randn(heads, 128, device=CUDA).sign()
@@ -110,7 +125,7 @@ def test_eight_bit_attention(heads, mean):
     parts = [Part(4680 * i, 4680) for i in range(7)]
     means = torch.stack([v[:, p.start : p.start + p.length].mean(1) for p in parts])
     centred = v - means.transpose(0, 1).repeat_interleave(4680, 1)
-    partials = partial_attention(*(saturating_cast(x, FP8) for x in (q, k, centred)), torch.bfloat16, parts, means)
+    partials = attention_by_part(attend, *(saturating_cast(x, FP8) for x in (q, k, centred)), parts, means)
     error, gain = relative_error(merge_partials(partials, torch.bfloat16), exact)
     assert error <= 0.005 and abs(gain - 1) <= 0.005
 
@@ -123,7 +138,7 @@ def test_what_only_has_flash_attentions_name_is_not_used(tmp_path, monkeypatch):
         pytest.skip("needs a Hopper GPU")
     kernels.flash_attention_3.cache_clear()
     with pytest.warns(UserWarning, match="flash_attn_interface is not used"):
-        assert kernels.flash_attention_3(CUDA) is None
+        assert kernels.flash_attention_3(CUDA, torch.bfloat16) is None
     kernels.flash_attention_3.cache_clear()
 
 
