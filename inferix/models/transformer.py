@@ -119,18 +119,19 @@ class CausalWanTransformer(nn.Module):
         return [block.attn2.key_value(text) for block in self.blocks]
 
     def rotary_emb(self, positions: Sequence[int], height: int, width: int, cached: bool = False) -> RotaryEmb:
-        """Return the rotary table of latent frames of ``height`` x ``width`` pixels at ``positions``.
+        """Return the rotary table of latent frames of ``height`` x ``width`` pixels at consecutive ``positions``.
 
         On several ranks it is that of this rank's tokens: those it computes, or, with ``cached``, those in its cache.
         """
-        cos, sin = rope_table(torch.tensor(positions), height // 2, width // 2, self.config.head_dim)
+        # on the device, so that nothing is copied: a copy from pageable memory would wait for the block before
+        frame_index = torch.arange(positions[0], positions[-1] + 1, device=self.scale_shift_table.device)
+        cos, sin = rope_table(frame_index, height // 2, width // 2, self.config.head_dim)
         parallel = self.context_parallel
         if parallel is not None:
             shard = parallel.ring_shard if cached else parallel.shard
             frames = (part.view(1, len(positions), -1, part.shape[-1]) for part in (cos, sin))
             cos, sin = (shard(part).flatten(0, 2)[:, None] for part in frames)
-        device = self.scale_shift_table.device
-        return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
+        return cos, sin
 
     def forward(
         self,

@@ -49,7 +49,7 @@ class CapturedGraph:
         # contiguous, so that compiled code does not see a view's strides
         self.inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs]
         if warm_up:  # compiling and choosing kernels must not be captured
-            stream = warm_up_stream()
+            stream = warm_up_stream(self.inputs[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 function(*self.inputs)
@@ -69,9 +69,9 @@ class CapturedGraph:
 
 
 @cache
-def warm_up_stream() -> torch.cuda.Stream:
-    """Return one stream for all captures: cuBLAS keeps 34 MB for every stream that it was used on."""
-    return torch.cuda.Stream()
+def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all captures on ``device``: cuBLAS keeps 34 MB for every stream that it was used on."""
+    return torch.cuda.Stream(device)
 
 
 def signature(model: nn.Module) -> tuple:
