@@ -45,15 +45,20 @@ CALIBRATION_SEED = 1_000_000
 """Far from the seeds that people take for the videos they look at."""
 
 
-def quantize_transformer(transformer: nn.Module, quant_type: str = "fp8", granularity: str = "per_token") -> None:
-    """Quantize every Linear of ``transformer`` but those of ``HIGH_PRECISION``."""
+def quantize_transformer(
+    transformer: nn.Module,
+    quant_type: str = "fp8",
+    granularity: str = "per_token",
+    device: torch.device | None = None,
+) -> None:
+    """Quantize every Linear of ``transformer`` but those of ``HIGH_PRECISION``, moved to ``device`` one after the other."""
     qconfigs = {
         ("fp8", "per_token"): get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
         ("fp8", "per_tensor"): get_default_dynamic_fp8_qconfig,
         ("int8", "per_token"): get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
         ("int8", "per_tensor"): get_default_dynamic_int8_qconfig,
     }
-    quantize_dynamic(transformer, {"": qconfigs[quant_type, granularity](), **HIGH_PRECISION})
+    quantize_dynamic(transformer, {"": qconfigs[quant_type, granularity](), **HIGH_PRECISION}, device=device)
 
 
 def check_quantization(args: Namespace) -> None:
@@ -78,7 +83,7 @@ def quantize(pipeline: Pipeline, args: Namespace) -> None:
         prompt = args.prompts[0] if args.prompts else example_prompt(pipeline.config)
         quantize_with(pipeline, read_qconfig_file(args.qconfig), [prompt])
     elif not args.load_quantized and not args.no_quantize:
-        quantize_transformer(transformer, args.quant_type, args.quant_granularity)
+        quantize_transformer(transformer, args.quant_type, args.quant_granularity, pipeline.device)
     take_over_weights(pipeline)
     set_process_group(transformer, pipeline.process_group)
     pipeline.pipeline.set_kv_cache_dtype(args.kv_cache_dtype)
@@ -153,7 +158,7 @@ def quantize_with(pipeline: Pipeline, qconfig_dict: QConfigDict, prompts: list[s
             for number, prompt in enumerate(prompts):
                 generate_clip(pipeline, prompt, CALIBRATION_SEED + number)
     with input_errors("qconfig"):
-        convert(transformer)
+        convert(transformer, device=pipeline.device)
 
 
 def generate_clip(pipeline: Pipeline, prompt: str, seed: int, num_frames: int | None = None) -> tuple[Tensor, Tensor]:

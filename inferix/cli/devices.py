@@ -99,6 +99,8 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
     item, offloaded = pipeline.dtype.itemsize, pipeline.enable_kv_offload or low_memory
     parts = {"transformer": num_parameters(transformer) * item}
     parts |= clip_memory(transformer.config, config, batch, item, offloaded, ranks)
+    if pipeline.device.type == "cuda" and not low_memory:
+        parts["CUDA graphs"] = 3 * parts["activations"] // 2  # of every position in the window; they share most of it
     if pipeline.is_main_process:
         encoder: Any = pipeline.text_encoder.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
@@ -115,10 +117,10 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
 def vae_memory(config: PipelineConfig, batch: int, base_dim: int, itemsize: int, low_memory: bool) -> int:
     """Return the bytes of the VAE's activations.
 
-    Estimated in frames of its widest layer: its convolutions cache 23, and each frame decoded at a time takes 7.
+    Estimated in frames of its widest layer: its convolutions cache 23, and each frame decoded at a time takes 8.5.
     """
     height, width = config.image_or_video_shape[-2:]
-    return (23 + 7 * (1 if low_memory else 12)) * batch * 64 * height * width * base_dim * itemsize
+    return (23 + 17 * (1 if low_memory else 12) // 2) * batch * 64 * height * width * base_dim * itemsize
 
 
 def available_memory() -> int:
@@ -176,12 +178,15 @@ def low_memory(args: Namespace, pipeline: Pipeline) -> bool:
         return bool(args.low_memory)
     free, _ = torch.cuda.mem_get_info(pipeline.device)
     batch = least_batch(args)
-    needed, small = (sum(gpu_memory(pipeline.pipeline, low, batch).values()) for low in (False, True))
-    parallel, scarce = pipeline.pipeline.context_parallel, needed > free
+    needed, small = (gpu_memory(pipeline.pipeline, low, batch) for low in (False, True))
+    if not args.no_quantize:
+        small["transformer"] //= pipeline.dtype.itemsize  # it is quantized before all of it is on the GPU
+    total, least = sum(needed.values()), sum(small.values())
+    parallel, scarce = pipeline.pipeline.context_parallel, total > free
     if not (parallel.any_rank(scarce) if parallel else scarce):  # all ranks do the same
         return False
     print(
-        f"{needed / 1e9:.1f} GB of GPU memory are needed and {free / 1e9:.1f} GB free: "
-        f"low memory, which takes about {small / 1e9:.1f} GB (--low_memory false: try without)"
+        f"{total / 1e9:.1f} GB of GPU memory are needed and {free / 1e9:.1f} GB free: "
+        f"low memory, which takes about {least / 1e9:.1f} GB (--low_memory false: try without)"
     )
     return True

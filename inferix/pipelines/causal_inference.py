@@ -102,14 +102,15 @@ class CausalInferencePipeline:
         """Move all parts to the device, in the dtype they run in, and compile the transformer on a GPU.
 
         With ``low_memory`` the text encoder's weights and the cache stay in host memory, one layer at a time is copied to the
-        device, and the VAE decodes frame by frame.
+        device, and the VAE decodes frame by frame. So does the transformer, until it is quantized (``quantize_dynamic`` with
+        ``device``) or the first clip begins.
         """
         self.low_memory = low_memory
         copied: Future | None = None
         with ThreadPoolExecutor(1) as copies:  # beside the imports of the compiler, which take as long
             if self.text_encoder is not None:
                 copied = copies.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory)
-            self.generator.model.to(self.device, self.dtype)
+            self.generator.model.to(None if low_memory else self.device, self.dtype)
             if self.vae is not None:
                 self.vae.to(self.device, self.dtype)
                 self.vae.low_memory = low_memory
@@ -316,8 +317,10 @@ class CausalInferencePipeline:
 
     def new_cache(self, plan: ClipPlan) -> KVCache:
         """Return a cache for the whole clip, or for the rolling window of a longer one; the last clip's if it fits."""
-        self.generator.model.fuse_qkv_projections()
         model, parallel = self.generator.model, self.context_parallel
+        if self.low_memory:
+            model.to(self.device)
+        model.fuse_qkv_projections()
         height, width = plan.latent_shape[-2:]
         num_frames = (
             self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)

@@ -10,7 +10,7 @@ from torch import nn
 from dax.quant import per_channel_symmetric, per_tensor_symmetric, per_token_symmetric
 from dax.quant.nn import dynamic
 from dax.quant.nn.linear import check_device
-from dax.quant.quantization import quantize_dynamic
+from dax.quant.quantization import convert, prepare, quantize_dynamic
 from dax.quant.quantization.qconfig import QConfig, get_default_fp8_qconfig
 
 
@@ -120,3 +120,33 @@ def test_inplace_root_shared_and_mapping():
     mixed = nn.Sequential(Special(8, 8), nn.Linear(8, 8))
     quantize_dynamic(mixed, {"": INT8_TOKEN}, mapping={Special: SpecialQuantized})
     assert [type(module) for module in mixed] == [SpecialQuantized, nn.Linear]
+
+
+@pytest.mark.parametrize("through_prepare", [False, True])
+def test_each_layer_is_moved_to_the_device_before_it_is_quantized(through_prepare, monkeypatch):
+    """``meta`` stands for a small GPU: it never holds a second float weight."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4))
+    held = []
+    from_float = dynamic.Linear.from_float.__func__
+
+    def counting(cls, linear, qconfig):
+        held.append(sum(type(layer) is nn.Linear and layer.weight.is_meta for layer in model))
+        return from_float(cls, linear, qconfig)
+
+    monkeypatch.setattr(dynamic.Linear, "from_float", classmethod(counting))
+    qconfigs = {"": QConfig(torch.int8), "3": None}
+    if through_prepare:
+        convert(prepare(model, qconfigs), device="meta")
+    else:
+        assert quantize_dynamic(model, qconfigs, device="meta") is model
+    assert held == [1, 1]
+    assert type(model[0]) is type(model[2]) is dynamic.Linear and type(model[3]) is nn.Linear
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_a_device_that_cannot_multiply_the_type_changes_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(RuntimeError, match="int8"):
+        quantize_dynamic(model, {"": QConfig(torch.float8_e4m3fn)}, device="cuda")
+    assert type(model[0]) is nn.Linear and model[0].weight.device.type == "cpu"

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dax.quant.quantization import quantize_dynamic
+from dax.quant.quantization.qconfig import get_dynamic_fp8_per_token_act_per_channel_weight_qconfig
 from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.config import PipelineConfig
 from inferix.models import attention_kernels as kernels
@@ -10,6 +12,7 @@ from inferix.models.attention import FP8, Part, attention_by_part, merge_partial
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
+from inferix.runtime.memory import num_bytes
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -128,6 +131,18 @@ def test_eight_bit_attention(kernel, heads, mean):
     partials = attention_by_part(attend, *(saturating_cast(x, FP8) for x in (q, k, centred)), parts, means)
     error, gain = relative_error(merge_partials(partials, torch.bfloat16), exact)
     assert error <= 0.005 and abs(gain - 1) <= 0.005
+
+
+def test_low_memory_quantizes_before_the_weights_are_on_the_gpu():
+    pipeline = CausalInferencePipeline(SAMPLER, RandomBase(torch.device("cpu")), CUDA, torch.bfloat16)
+    pipeline.to_device(low_memory=True)
+    model, size = pipeline.generator.model, num_bytes(pipeline.generator.model)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    quantize_dynamic(model, {"": get_dynamic_fp8_per_token_act_per_channel_weight_qconfig()}, device=CUDA)
+    assert torch.cuda.max_memory_allocated() - before < 0.75 * size
+    assert all(tensor.is_cuda for tensor in model.state_dict().values())
+    assert latents(pipeline, 9).isfinite().all()
 
 
 def test_what_only_has_flash_attentions_name_is_not_used(tmp_path, monkeypatch):

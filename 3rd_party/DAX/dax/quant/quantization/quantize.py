@@ -20,6 +20,7 @@ def quantize_dynamic(
     qconfig_dict: Mapping[str, QConfig | None],
     mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
     inplace: bool = True,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Replace the Linear layers of `model` by 8-bit ones that compute activation scales from each input.
 
@@ -35,6 +36,8 @@ def quantize_dynamic(
         mapping: float type → quantized type with a classmethod `from_float(module, qconfig)`; exact types, not
             subclasses. `{nn.Linear: dax.quant.nn.dynamic.Linear}` unless given.
         inplace: False leaves `model` alone and works on a copy.
+        device: where to quantize. Each layer is moved there before it is replaced, and the rest of the model at the end,
+            so that `device` never holds more than one float weight. None: where the model is.
 
     Returns:
         The model; another object only with `inplace=False`, or where it is itself one of the mapped types.
@@ -54,7 +57,7 @@ def quantize_dynamic(
         raise ValueError("a static QConfig needs calibration: prepare, run the model, convert")
     model = model if inplace else copy.deepcopy(model)
     kinds = {name: mapping[type(model.get_submodule(name))] for name in qconfigs}
-    return quantize_modules(model, {name: (kinds[name], qconfig) for name, qconfig in qconfigs.items()})
+    return quantize_modules(model, {name: (kinds[name], qconfig) for name, qconfig in qconfigs.items()}, device)
 
 
 def prepare(model: nn.Module, qconfig_dict: Mapping[str, QConfig | None], inplace: bool = True) -> nn.Module:
@@ -75,8 +78,8 @@ def prepare(model: nn.Module, qconfig_dict: Mapping[str, QConfig | None], inplac
     return model
 
 
-def convert(model: nn.Module, inplace: bool = True) -> nn.Module:
-    """Replace what `prepare` marked by 8-bit layers; return, warn and raise as `quantize_dynamic` does.
+def convert(model: nn.Module, inplace: bool = True, device: torch.device | str | None = None) -> nn.Module:
+    """Replace what `prepare` marked by 8-bit layers; take `device`, return, warn and raise as `quantize_dynamic` does.
 
     Raises ValueError too for a layer whose inputs calibration never showed.
     """
@@ -86,7 +89,7 @@ def convert(model: nn.Module, inplace: bool = True) -> nn.Module:
         if type(module) is nn.Linear and hasattr(module, "qconfig"):
             qconfig: Any = module.qconfig
             plan[name] = (quantized.Linear if qconfig.static else dynamic.Linear), qconfig
-    return quantize_modules(model, plan)
+    return quantize_modules(model, plan, device)
 
 
 def set_process_group(model: nn.Module, group: torch.distributed.ProcessGroup | None) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
+from dax.quant.devices import check_device
 from dax.quant.nn import dynamic, quantized
 from dax.quant.nn.linear import QuantizedLinear
 from dax.quant.quantization.observer import observe_input
@@ -33,8 +35,10 @@ STATE_HOOKS = (
 )
 
 
-def quantize_modules(model: nn.Module, plan: Plan) -> nn.Module:
+def quantize_modules(model: nn.Module, plan: Plan, device: torch.device | str | None = None) -> nn.Module:
     """Put `kind.from_float(module, qconfig)` in the place of each module of `plan`, once for one with several names.
+
+    With a `device` each module is moved there first, and the rest of the model at the end.
 
     Returns the model, or what replaces it where it is itself in `plan`. Raises ValueError, naming the layer, or
     RuntimeError, before anything is replaced; only running out of memory can end it half-way, because each float weight
@@ -52,16 +56,18 @@ def quantize_modules(model: nn.Module, plan: Plan) -> nn.Module:
             check_hooks(module)
             if kind in (dynamic.Linear, quantized.Linear):
                 kind.validate(module, qconfig)
+                if device is not None:
+                    check_device(qconfig.dtype, torch.device(device))
             elif layer_keys[name] not in built:  # what a type that is not ours refuses shows by building it
                 built[layer_keys[name]] = kind.from_float(module, qconfig)
     weights: dict[tuple, QuantizedLinear] = {}
     for name, (kind, qconfig) in plan.items():
         if layer_keys[name] not in built:
-            layer = kind.from_float(model.get_submodule(name), qconfig)
+            layer = kind.from_float(model.get_submodule(name).to(device), qconfig)
             layer.share_weight(weights.setdefault(weight_keys[name], layer))
             built[layer_keys[name]] = layer
         model = replace_module(model, name, built[layer_keys[name]])
-    return model
+    return model.to(device)
 
 
 def is_below(name: str, other: str) -> bool:
