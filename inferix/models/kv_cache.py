@@ -1,6 +1,6 @@
 """Keys and values of the frames in the attention window."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,6 +84,8 @@ class KVCache:
             self.sink_keys = torch.zeros(sinks, device=device, dtype=compute_dtype)
         self.graphs = CUDAGraphs() if device.type == "cuda" else None
         """Captured forwards that read and write this cache."""
+        self.prepared_plans: set[Hashable] = set()
+        """Plans of clips for which all graphs are captured."""
         self.recached = False
         """Whether a whole window has been recomputed once; the first time compiles."""
         self.allocate()

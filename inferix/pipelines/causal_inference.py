@@ -226,7 +226,7 @@ class CausalInferencePipeline:
 
     def capture_ahead(self, plan: ClipPlan, kv_cache: KVCache) -> None:
         """Compile and capture what the clip will need, before its first block, so that no later block waits for it."""
-        if kv_cache.graphs is None:
+        if kv_cache.graphs is None or plan in kv_cache.prepared_plans:
             return
         if self.is_main_process and not kv_cache.graphs.graphs:
             tqdm.write("compiling for this GPU: 10 to 40 s, less where it was done before", file=sys.stderr)
@@ -240,6 +240,7 @@ class CausalInferencePipeline:
             for first in (0, plan.block_size):  # contiguous in the cache, and not
                 self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
         kv_cache.reset()
+        kv_cache.prepared_plans.add(plan)
         STARTUP.mark("compile and capture")
 
     def block_noise(
