@@ -8,6 +8,7 @@ and writes webrtc_latency.json.
 import argparse
 import asyncio
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -45,6 +46,7 @@ READ_CLOCK = """new Promise(done => {
 })"""
 
 
+BLOCK_SECONDS = 12 / FPS
 SEND = """new Promise(async done => {
     const copy = new OffscreenCanvas(128, 128).getContext("2d", { willReadFrequently: true });
     const brightness = () => {
@@ -69,6 +71,7 @@ async def send_to_change(url: str, name: str, count: int) -> list[float]:
         for number in range(count):
             block = await page.run("state.block")
             await page.until(f"state.block >= {block + 4}")  # the last change is complete
+            await asyncio.sleep(random.uniform(0, BLOCK_SECONDS))  # people send at any moment of a block
             words = ("red", "white") if number % 2 == 0 else ("blue", "black")
             milliseconds.append(await page.run(SEND.replace("COLOR", words[0]).replace("BACKGROUND", words[1])))
             print(f"{name}: {milliseconds[-1]:.0f} ms", flush=True)

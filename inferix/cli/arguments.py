@@ -101,7 +101,11 @@ class RunnerParser(Parser):
             metavar="FILE[:STRENGTH][;...]",
             help="LoRAs to merge into the weights before they are quantized, in this order (default strength: 1)",
         )
-        add("--vae", choices=("full", "tiny"), default="full", help="tiny: decode with TAEHV, faster and less exact")
+        add(
+            "--vae",
+            choices=("full", "tiny"),
+            help="tiny: decode with TAEHV, faster and less exact (default: full, but for the page without a GPU)",
+        )
         add("--tiny_vae_path", type=existing_path, help="TAEHV's file (default: taew2_1.pth under weights/)")
         add("--height", type=pixels, help="of the video, a multiple of 16 (default: the config's)")
         add("--width", type=pixels, help="of the video, a multiple of 16 (default: the config's)")

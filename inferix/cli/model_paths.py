@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
+from glob import glob
 from pathlib import Path
 
 from inferix.cli.presets import PRESETS, ROOT, TINY_VAE, WEIGHTS, either_spelling
@@ -39,6 +40,8 @@ DEMO = {
 def find_model_paths(args: Namespace) -> ModelPaths:
     """Return ``resolve_model_paths``, and print a line for each thing about them that a user may not expect."""
     paths, notes = resolve_model_paths(args)
+    if getattr(args, "enable_webrtc", False) and args.vae == "tiny" and not has_gpu():
+        notes.append("decoding with the tiny VAE, as there is no GPU (VAE=full: exact, but slower than playback)")
     for note in notes:
         print(note)
     return paths
@@ -85,15 +88,34 @@ def find_tiny_vae(args: Namespace, paths: ModelPaths) -> Path | None:
     """Return the file of the tiny VAE that ``--vae tiny`` needs, None without it. Raises InputError where it is not there."""
     if args.vae != "tiny" or args.tiny_vae_path:
         return args.tiny_vae_path
-    beside = [paths.base / TINY_VAE.name, paths.base.parent / TINY_VAE.name]
-    # The demo model's latents are its own: the public file does not decode them.
-    public = [] if paths.base.resolve() == DEMO[args.model].base else [TINY_VAE.path()]
-    for path in (*beside, *public):
+    places = tiny_vae_places(args, paths)
+    for path in places:
         if path.is_file():
             return path
-    if not public:
-        raise InputError(f"{display_path(beside[0])} not found: set TINY_VAE_PATH (--tiny_vae_path)")
-    raise InputError(f"{display_path(TINY_VAE.path())} not found: ./weights/download.sh tiny fetches it")
+    if TINY_VAE.path() in places:
+        raise InputError(f"{display_path(TINY_VAE.path())} not found: ./weights/download.sh tiny fetches it")
+    raise InputError(f"{display_path(places[0])} not found: set TINY_VAE_PATH (--tiny_vae_path)")
+
+
+def tiny_vae_places(args: Namespace, paths: ModelPaths) -> list[Path]:
+    """Return where the base model's tiny VAE may be, most specific first."""
+    beside = [paths.base / TINY_VAE.name, paths.base.parent / TINY_VAE.name]
+    # The demo model's latents are its own: the public file does not decode them.
+    return beside if paths.base.resolve() == DEMO[args.model].base else [*beside, TINY_VAE.path()]
+
+
+def default_vae(args: Namespace, paths: ModelPaths) -> str:
+    """Return what decodes where no flag says it: the full VAE, but for the page without a GPU the tiny one, if it is there.
+
+    On a CPU the full VAE is slower than playback.
+    """
+    live = args.enable_webrtc and not getattr(args, "i2v", False) and not has_gpu()
+    return "tiny" if live and any(path.is_file() for path in tiny_vae_places(args, paths)) else "full"
+
+
+def has_gpu() -> bool:
+    """Return whether the system shows a GPU; PyTorch, which would know it for sure, takes seconds to import."""
+    return bool(glob("/dev/nvidia[0-9]*")) or Path("/dev/dxg").exists()  # dxg: under WSL
 
 
 def size_notes(args: Namespace, paths: ModelPaths) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.file_names import entry_names
-from inferix.cli.model_paths import find_config, find_tiny_vae, resolve_model_paths
+from inferix.cli.model_paths import default_vae, find_config, find_tiny_vae, resolve_model_paths
 from inferix.cli.prompt_file import COLUMNS, PromptEntry, entry_args, read_prompt_file, with_defaults
 from inferix.cli.prompts import example_prompt, read_prompts, storyboard_of
 from inferix.config import ParallelConfig, PipelineConfig
@@ -30,6 +30,7 @@ def check(args: Namespace) -> None:
     """Raises InputError where a path, a config, a prompt file, a length or the page's address cannot work."""
     paths, _ = resolve_model_paths(args)
     config = find_config(args, paths)
+    args.vae = args.vae or default_vae(args, paths)
     find_tiny_vae(args, paths)
     if args.model == "self_forcing":
         check_frames(args, config)

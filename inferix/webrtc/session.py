@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import statistics
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ MAX_HISTORY = 20
 """Prompts that the page offers to send again."""
 MAX_BLOCKS_TIMED = 8
 """The generation rate is that of the last so many blocks."""
-LEAD = 1.5
+LEAD = 1.25
 """The next block is begun when what is queued plays so many times as long as a block takes to generate."""
 
 
@@ -246,8 +247,11 @@ class Session:
         with self.changed:
             if not self.viewers or not self.block_times or self.stop_requested:
                 return False
-            lead = math.ceil(LEAD * FPS * max(seconds for _, seconds in self.block_times))
-            return len(self.playout.queue) > min(self.block_times[-1][0], lead)
+            enough = self.block_times[-1][0]
+            if self.next_prompt is None:  # what takes up a prompt takes longer, and begins as soon as it may
+                typical = statistics.median(seconds for _, seconds in self.block_times)
+                enough = min(enough, math.ceil(LEAD * FPS * typical))
+            return len(self.playout.queue) > enough
 
     def _wait_while_paused(self) -> None:
         with self.changed:

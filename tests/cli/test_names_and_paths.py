@@ -6,9 +6,11 @@ import pytest
 from conftest import BASE, CAUSVID, ROOT, SELF_FORCING, small_config
 
 from inferix import InputError
+from inferix.cli import model_paths
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.file_names import MAX_BYTES, prompt_stem, prompt_stems, settings_suffix
-from inferix.cli.model_paths import DEMO, REAL, ModelPaths, find_model_paths
+from inferix.cli.model_paths import DEMO, REAL, ModelPaths, default_vae, find_model_paths
+from inferix.cli.presets import RemoteFile
 from inferix.cli.prompts import example_prompt, example_prompts, read_prompts
 from inferix.config import load_config
 
@@ -119,3 +121,18 @@ def test_prompts_of_a_template(tmp_path):
     assert example_prompt(config) == "A red dot"
     assert sorted(example_prompts(config, 9)) == ["A blue box", "A blue dot", "A red box", "A red dot"]
     assert example_prompts(config, 2) == example_prompts(config, 2) and len(example_prompts(config, 2)) == 2
+
+
+# --- the VAE
+
+
+def test_the_page_without_a_gpu_decodes_with_the_tiny_vae(tmp_path, monkeypatch):
+    demo, without_tiny = DEMO["self_forcing"], ModelPaths(tmp_path, tmp_path / "base", tmp_path)
+    page, image = ["--enable_webrtc"], ["--enable_webrtc", "--i2v", "--image_path", ROOT / "README.md"]
+    monkeypatch.setattr(model_paths, "TINY_VAE", RemoteFile("", "taew2_1.pth", str(tmp_path)))
+    for gpu, expected in ((False, "tiny"), (True, "full")):
+        monkeypatch.setattr(model_paths, "has_gpu", lambda gpu=gpu: gpu)
+        assert default_vae(self_forcing(*page), demo) == expected
+        assert default_vae(causvid(*page), DEMO["causvid"]) == expected
+        others = ([], demo), (image, demo), (page, without_tiny)
+        assert [default_vae(self_forcing(*flags), paths) for flags, paths in others] == ["full"] * 3

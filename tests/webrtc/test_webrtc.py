@@ -153,7 +153,9 @@ def test_an_image_that_is_sent_begins_a_video(tmp_path):
             assert not now["has_image"] and now["prompt_block"] == 1
             await control(session, "close")
 
-    with ForkedScript("self_forcing", tmp_path / "out", PROMPT=RED.prompt, NUM_OUTPUT_FRAMES="21") as script:
+    with ForkedScript(
+        "self_forcing", tmp_path / "out", PROMPT=RED.prompt, NUM_OUTPUT_FRAMES="21", VAE="full"
+    ) as script:
         asyncio.run(body(script))
         assert script.wait(LIMIT).returncode == 0
     (path,) = script.folder.glob("A-blue*.mp4")
