@@ -126,7 +126,7 @@ class RunnerParser(Parser):
             "--kv_cache_dtype",
             choices=("auto", "fp8"),
             default="auto",
-            help="fp8: keys and values in 8 bits, half the cache; a Hopper GPU with nvidia-cudnn-frontend attends in 8 bits",
+            help="fp8: keys and values in 8 bits, half the cache; a Hopper GPU with fa3-fwd or nvidia-cudnn-frontend attends in 8 bits",
         )
         self.add_switch("--no_quantize", help="run in full precision, for comparison")
         add(
