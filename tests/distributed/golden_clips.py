@@ -60,6 +60,12 @@ def collect(pipeline, results: dict, name: str, function) -> None:
         pipeline.pipeline.context_parallel.close()
 
 
+def latents_of(pipeline, noise: torch.Tensor, *args, **options) -> torch.Tensor:
+    """Return a clip's latents; they are not decoded, which takes longer than to compute them."""
+    pipeline.pipeline.vae.decode = lambda latents: latents
+    return pipeline.pipeline.inference(noise, *args, **options)
+
+
 def switched(pipeline, frames: int = 18) -> dict:
     """The first frames of 24, with the prompt switches among them."""
     generator = torch.Generator().manual_seed(32)
@@ -69,21 +75,25 @@ def switched(pipeline, frames: int = 18) -> dict:
         "text_prompts_list": [[prompt] for prompt in PROMPTS[: len(indices) + 1]],
         "switch_frame_indices": indices,
     }
-    _, latents = pipeline.pipeline.inference(noise, generator=generator, return_latents=True, **prompts)
-    return {"latents": latents}
+    return {"latents": latents_of(pipeline, noise, generator=generator, **prompts)}
 
 
 def rolling(pipeline) -> dict:
     """The first 15 frames of 21, of which the last 6 see a window that has moved on."""
     generator = torch.Generator().manual_seed(31)
     noise = torch.randn(1, 21, 16, 8, 12, generator=generator)[:, :15]
-    _, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
-    return {"latents": latents}
+    return {"latents": latents_of(pipeline, noise, PROMPTS[:1], generator=generator)}
 
 
-def self_forcing(pipeline, frames: int = 9) -> dict:
+def two_blocks(pipeline) -> dict:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, frames, 16, 8, 12, generator=generator)
+    noise = torch.randn(1, 6, 16, 8, 12, generator=generator)
+    return {"latents": latents_of(pipeline, noise, PROMPTS[:1], generator=generator)}
+
+
+def self_forcing(pipeline) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 9, 16, 8, 12, generator=generator)
     video, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
     return {"video": video, "latents": latents}
 
@@ -94,9 +104,7 @@ def causvid(pipeline) -> dict:
     video, latents = pipeline.pipeline.inference(noise, PROMPTS[:1], generator=generator, return_latents=True)
     start = torch.cat([pipeline.pipeline.vae.encode(video[:, -9:-8] * 2 - 1), latents[:, -2:]], dim=1)
     noise = torch.randn(1, 9, 16, 8, 12, generator=generator)
-    _, following = pipeline.pipeline.inference(
-        noise, PROMPTS[:1], start_latents=start, generator=generator, return_latents=True
-    )
+    following = latents_of(pipeline, noise, PROMPTS[:1], start_latents=start, generator=generator)
     return {"latents_0": latents, "latents_1": following}
 
 
@@ -136,7 +144,7 @@ def golden_clips(*ways: str) -> dict[str, torch.Tensor]:
             quantized(pipeline, quant_type, LINEARS[quant_type])
 
             def tensors(pipeline):
-                return self_forcing(pipeline, 6) | {"scales": torch.cat(pipeline.scales)}
+                return two_blocks(pipeline) | {"scales": torch.cat(pipeline.scales)}
 
             collect(pipeline, results, f"{way}.{quant_type}", tensors)
     shutdown()
