@@ -18,6 +18,8 @@ import signal
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SIGNALS_TO_HANDLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Variable with the signals that torchrun passes on, after which it gives the processes 30 seconds."""
 MODELS = {"run_self_forcing_quantized.py": "self_forcing", "run_causvid_quantized.py": "causvid"}
 
 
@@ -89,7 +91,7 @@ def forward_interrupts() -> None:
 
     By itself torchrun passes it on too, but kills them after 30 seconds.
     """
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    os.environ.setdefault(SIGNALS_TO_HANDLE, "SIGTERM,SIGHUP,SIGQUIT")
     children = f"/proc/self/task/{os.getpid()}/children"
 
     def forward(*_: object) -> None:
@@ -118,8 +120,11 @@ def torchrun(nproc: int, command: list) -> int:
         rendezvous = [f"--nnodes={nodes}"]
         for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
             rendezvous += [f"--{name.lower()}={os.environ[name]}"] if os.environ.get(name) else []
+    args = parse_args([*rendezvous, f"--nproc-per-node={nproc}", "--monitor-interval=0.2", *command])
+    if handled := os.environ.get(SIGNALS_TO_HANDLE):
+        args.signals_to_handle = handled  # by which newer versions of torchrun overwrite the variable
     try:
-        run(parse_args([*rendezvous, f"--nproc-per-node={nproc}", "--monitor-interval=0.2", *command]))
+        run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

@@ -9,10 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
+import torch.distributed.run
 from forks import ForkedScript, python_command, run_ranks
 from processes import Process
 from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, run_runner, self_forcing_env  # noqa: F401
 
+import launch
 from inferix import InputError, ParallelConfig
 from inferix.cli import data_parallel, main
 from inferix.cli.devices import parallel_config
@@ -96,6 +98,16 @@ def test_groups_of_two_ranks(batch_env, tmp_path):
 
 
 # --- without processes
+
+
+def test_ctrl_c_is_not_torchruns(monkeypatch):
+    """It would kill the processes 30 seconds later, in the middle of their videos."""
+    given = []
+    monkeypatch.setattr(torch.distributed.run, "run", given.append)
+    monkeypatch.setenv(launch.SIGNALS_TO_HANDLE, "SIGTERM,SIGHUP")
+    assert launch.torchrun(2, ["runner.py"]) == 0
+    config, *_ = torch.distributed.run.config_from_args(given[0])
+    assert getattr(config, "signals_to_handle", "SIGTERM,SIGHUP") == "SIGTERM,SIGHUP"
 
 
 @pytest.fixture
