@@ -88,16 +88,16 @@ def find_tiny_vae(args: Namespace, paths: ModelPaths) -> Path | None:
     """Return the file of the tiny VAE that ``--vae tiny`` needs, None without it. Raises InputError where it is not there."""
     if args.vae != "tiny" or args.tiny_vae_path:
         return args.tiny_vae_path
-    places = tiny_vae_places(args, paths)
-    for path in places:
+    candidates = tiny_vae_candidates(args, paths)
+    for path in candidates:
         if path.is_file():
             return path
-    if TINY_VAE.path() in places:
+    if TINY_VAE.path() in candidates:
         raise InputError(f"{display_path(TINY_VAE.path())} not found: ./weights/download.sh tiny fetches it")
-    raise InputError(f"{display_path(places[0])} not found: set TINY_VAE_PATH (--tiny_vae_path)")
+    raise InputError(f"{display_path(candidates[0])} not found: set TINY_VAE_PATH (--tiny_vae_path)")
 
 
-def tiny_vae_places(args: Namespace, paths: ModelPaths) -> list[Path]:
+def tiny_vae_candidates(args: Namespace, paths: ModelPaths) -> list[Path]:
     """Return where the base model's tiny VAE may be, most specific first."""
     beside = [paths.base / TINY_VAE.name, paths.base.parent / TINY_VAE.name]
     # The demo model's latents are its own: the public file does not decode them.
@@ -110,7 +110,7 @@ def default_vae(args: Namespace, paths: ModelPaths) -> str:
     On a CPU the full VAE is slower than playback.
     """
     live = args.enable_webrtc and not getattr(args, "i2v", False) and not has_gpu()
-    return "tiny" if live and any(path.is_file() for path in tiny_vae_places(args, paths)) else "full"
+    return "tiny" if live and any(path.is_file() for path in tiny_vae_candidates(args, paths)) else "full"
 
 
 def has_gpu() -> bool:
