@@ -30,11 +30,12 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     if device.type == "cpu":
         return cpu_attention if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
     capability = torch.cuda.get_device_capability(device)
+    fa3 = flash_attention_3(device, dtype) if dtype in (torch.bfloat16, torch.float8_e4m3fn) else None
     table: list[tuple[tuple[int, int] | None, torch.dtype, Kernel | None]] = [
         # capability it was verified on (None: any), dtype, kernel (None: not installed)
-        ((9, 0), torch.bfloat16, flash_attention_3(device, torch.bfloat16)),
+        ((9, 0), torch.bfloat16, fa3),
         ((9, 0), torch.bfloat16, cudnn_attention),
-        ((9, 0), torch.float8_e4m3fn, flash_attention_3(device, torch.float8_e4m3fn)),
+        ((9, 0), torch.float8_e4m3fn, fa3),
         ((9, 0), torch.float8_e4m3fn, cudnn_fp8_attention if _is_installed("cudnn") else None),
         (None, torch.bfloat16, aten_flash_attention),
         (None, torch.float16, aten_flash_attention),
