@@ -4,6 +4,8 @@ They are forks of a server, multiprocessing's, which computes nothing and has a 
 """
 
 import atexit
+import ctypes
+import json
 import multiprocessing
 import os
 import pickle
@@ -14,10 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,12 @@ FORKSERVER.set_forkserver_preload(
         "inferix.cli.devices",
         "inferix.cli.figures",
         "inferix.cli.jobs",
+        "torch.distributed.run",
     ]
 )
+FORK = multiprocessing.get_context("fork")
+PR_SET_PDEATHSIG = 1
+"""Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 # --- scripts
@@ -58,31 +65,29 @@ class ForkedScript(Process):
     """Start the Python program that a script starts, with the same arguments, as a fork instead of a new interpreter.
 
     Not for what is read when Python starts or imports, such as PYTHONPATH.
-    """
-
-    def start(self, command: list[str], env: dict[str, str], cwd: Path = Path()) -> "Fork":
-        return Fork(python_command(command, env, cwd), env, cwd, self.files)
-
-
-class Fork:
-    """What ``Process`` needs of ``subprocess.Popen``.
 
     Args:
-        args: a Python program and its arguments.
-        env: all environment variables.
-        cwd: its working folder.
-        files: for the standard output and error.
+        num_ranks: how many processes torchrun starts in this program, restarts counted; they are forks too.
     """
 
-    def __init__(self, args: list[str], env: dict[str, str], cwd: Path, files: tuple):
-        self.args = args
-        read, write = os.pipe()
-        self.stdin = os.fdopen(write, "wb")
-        descriptors = [Descriptor(number) for number in (read, *(file.fileno() for file in files))]
-        self.process = FORKSERVER.Process(target=run_program, args=(args, env, cwd.resolve(), descriptors))
-        self.process.start()
-        os.close(read)
-        self.pid = self.process.pid
+    def start(self, command: list[str], env: dict[str, str], cwd: Path = Path(), num_ranks: int = 0) -> "Fork":
+        self.ranks = tempfile.TemporaryDirectory()
+        return Fork(python_command(command, env, cwd), env, cwd, self.files, num_ranks, self.ranks.name)
+
+    def environ(self, process: psutil.Process) -> dict[str, str]:
+        path = Path(self.ranks.name, str(process.pid))
+        return json.loads(path.read_text()) if path.exists() else super().environ(process)
+
+
+class Popen:
+    """What ``Process`` and torchrun need of ``subprocess.Popen``, for a fork."""
+
+    process: BaseProcess
+    args: Sequence[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -101,6 +106,29 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
+class Fork(Popen):
+    """A program as a fork of the server.
+
+    Args:
+        args: a Python program and its arguments.
+        env: all environment variables.
+        cwd: its working folder.
+        files: for the standard output and error.
+        num_ranks: how many processes torchrun starts.
+        ranks: folder in which each of them leaves its variables.
+    """
+
+    def __init__(self, args: list[str], env: dict[str, str], cwd: Path, files: tuple, num_ranks: int, ranks: str):
+        self.args = args
+        read, write = os.pipe()
+        self.stdin = os.fdopen(write, "wb")
+        descriptors = [Descriptor(number) for number in (read, *(file.fileno() for file in files))]
+        options = args, env, cwd.resolve(), descriptors, num_ranks, ranks
+        self.process = FORKSERVER.Process(target=run_script, args=options)
+        self.process.start()
+        os.close(read)
+
+
 class Descriptor:
     """A file descriptor, duplicated for the new process that it is sent to."""
 
@@ -115,20 +143,66 @@ def received_descriptor(duplicate) -> Descriptor:
     return Descriptor(duplicate.detach())
 
 
-def run_program(args: list[str], env: dict[str, str], cwd: Path, descriptors: list[Descriptor]) -> None:
+def run_script(
+    args: list[str], env: dict[str, str], cwd: Path, descriptors: list[Descriptor], num_ranks: int, ranks: str
+) -> None:
     """Do in this process what ``python3 ARGS`` does in a new one."""
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor.number, number)
         os.close(descriptor.number)
     sys.stdin = open(0, closefd=False)
+    os.chdir(cwd)
+    if num_ranks:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        spares = [SpareRank(ranks) for _ in range(num_ranks)]
+        subprocess_handler.Popen = lambda args, env, **options: spares.pop(0).begin(args, env)
+    run_program(args, env)
+
+
+def run_program(args: list[str], env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd)
     sys.argv, sys.path[:0] = args, [os.path.dirname(args[0])]
     try:
         runpy.run_path(args[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+class SpareRank(Popen):
+    """A child of torchrun's process, made before that has threads, which waits to be one of the processes it starts.
+
+    It ends with its parent, however that ends.
+
+    Args:
+        folder: where it leaves its variables in a file called by its process id.
+    """
+
+    def __init__(self, folder: str):
+        receiver, self.sender = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=self.run, args=(receiver, Path(folder), os.getpid()), daemon=True)
+        self.process.start()
+        receiver.close()
+
+    def run(self, receiver: Connection, folder: Path, parent: int) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a rank that does not run yet
+        args, env = receiver.recv()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        (folder / f".{os.getpid()}").write_text(json.dumps(env))
+        (folder / f".{os.getpid()}").rename(folder / f"{os.getpid()}")
+        python, unbuffered, *args = args
+        assert (python, unbuffered) == (sys.executable, "-u")
+        run_program(args, env)
+
+    def begin(self, args: tuple[str, ...], env: dict[str, str]) -> "SpareRank":
+        self.args = args
+        self.sender.send((args, env))
+        return self
 
 
 # --- ranks

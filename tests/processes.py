@@ -64,9 +64,13 @@ class Process:
         found = []
         for process in psutil.Process(self.popen.pid).children(recursive=True):
             with suppress(psutil.Error):
-                if env.items() <= process.environ().items():
+                if env.items() <= self.environ(process).items():
                     found.append(process)
         return found
+
+    def environ(self, process: psutil.Process) -> dict[str, str]:
+        """Return the variables of a descendant."""
+        return process.environ()
 
     def wait_until(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Return when ``condition()`` is true; fails when the process ends before that, or time is up."""

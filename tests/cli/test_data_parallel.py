@@ -58,7 +58,7 @@ def kill_rank(process: Process, rank: int) -> None:
 def test_killed_and_started_again(batch_env, tmp_path):
     """One of two groups' ranks, then the whole job: torchrun's restart and the next run go on, and nothing is made twice."""
     env = batch_env | {"PET_MAX_RESTARTS": "1"}  # torch's variable for torchrun's --max-restarts
-    with ForkedScript([SCRIPTS / SCRIPT], env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / SCRIPT], env, cwd=tmp_path, num_ranks=4) as process:
         process.wait_until(lambda: lines(tmp_path), 100)
         kill_rank(process, 1)
         killed_at = len(lines(tmp_path))
@@ -77,7 +77,7 @@ def test_killed_and_started_again(batch_env, tmp_path):
 @pytest.mark.timeout(400)
 def test_interrupted(batch_env, tmp_path):
     """The first Ctrl-C lets the videos be completed that were begun."""
-    with ForkedScript([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / SCRIPT], batch_env, cwd=tmp_path, num_ranks=2) as process:
         process.wait_until(lambda: lines(tmp_path))
         process.popen.send_signal(signal.SIGINT)
         result = process.wait(100)

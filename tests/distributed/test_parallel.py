@@ -144,7 +144,7 @@ def test_exit_codes(rank_1, code, output, tmp_path):
 def test_a_rank_that_dies_ends_the_job(self_forcing_env, tmp_path):  # noqa: F811
     env = self_forcing_env | {"NPROC": "2", "NUM_OUTPUT_FRAMES": "3000"}
     videos = tmp_path / "my videos"
-    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
+    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path, num_ranks=2) as process:
         process.wait_until(lambda: videos.is_dir() and any(path.stat().st_size for path in videos.iterdir()))
         (victim,) = process.descendants(RANK="1")
         victim.kill()
