@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import shutil
 import sys
 from math import prod
@@ -12,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, CAUSVID, GOLDEN, ROOT, SELF_FORCING, load_runner, small_config
-from processes import Process
+from forks import run_ranks
 from safetensors import safe_open
 from torch import nn
+
+sys.path.insert(1, str(ROOT / "benchmarks"))
+import loading
 
 from dax.quant.nn import dynamic
 from dax.quant.quantization import QConfig, convert, prepare, read_metadata, save_quantized
@@ -49,11 +51,8 @@ def test_loading_the_1_3b_transformer_takes_little_more_memory_than_its_8_bits(t
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
 
-    command = [sys.executable, ROOT / "benchmarks/loading.py", "--geometry=1.3b", "--way=saved fp8"]
-    with Process([*command, f"--weights_folder={tmp_path}"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as process:
-        done = process.wait(110)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    (process,) = run_ranks(1, loading.main, ["--geometry=1.3b", "--way=saved fp8", f"--weights_folder={tmp_path}"])
+    measured = json.loads(process.output)
     assert measured["weights"] == end and 1.4e9 < end < 1.5e9  # half of bfloat16's 2.84 GB
     assert 0.9 * end < measured["peak"] <= 1.2 * end  # every weight was read
 

@@ -1,15 +1,14 @@
 """Less memory, the same video: the cache in host memory, the text encoder block by block, videos longer than a clip."""
 
-import os
-import sys
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BASE, CAUSVID, SELF_FORCING, small_config
-from processes import Process
+from forks import run_ranks
 
-from inferix import SelfForcingPipeline
+from inferix import CausVidPipeline, SelfForcingPipeline
 from inferix.cli.devices import gpu_memory
 from inferix.cli.figures import relative_error_and_gain as relative_error
 from inferix.models.attention import FP8
@@ -108,39 +107,40 @@ def test_a_long_video_begins_as_a_short_one_and_sees_a_window(tmp_path):
     assert not torch.allclose(rolled[:, 21:33], long[:, 21:33], atol=1e-3)  # the third block sees no more than six
 
 
-STREAM = """
-import sys
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""Parameters of glibc's mallopt (malloc.h)."""
 
-import torch
 
-from inferix import CausVidPipeline, SelfForcingPipeline
-
-def run(pipeline, checkpoint, use_ema, prompts, **length):
-    pipeline.load_checkpoint(checkpoint, use_ema)
+def peaks_of_a_stream(pipeline: SelfForcingPipeline | CausVidPipeline, *prompts: object, **length: int) -> list[int]:
+    """Return the peak of this process, in bytes, when the window is full and at the end of a video of 20 blocks."""
     pipeline.setup_devices()
-    for number, _ in enumerate(pipeline.stream(prompts, **length, generator=torch.Generator().manual_seed(0)), start=1):
+    peaks, generator = [], torch.Generator().manual_seed(0)
+    for number, _ in enumerate(pipeline.stream(*prompts, **length, generator=generator), start=1):
         if number == 1:
-            open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         if number in (6, 20):
-            print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peaks += [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
     assert number == 20
+    return peaks
 
-base, config, checkpoint, causvid_config, causvid_checkpoint = sys.argv[1:]
-pipeline = SelfForcingPipeline(config, wan_base_model_path=base, device="cpu")
-run(pipeline, checkpoint, True, ["A cat"], num_output_frames=60)
-pipeline = CausVidPipeline(causvid_config, wan_base_model_path=base, device="cpu")
-run(pipeline, causvid_checkpoint, False, "A cat", num_rollout=10, num_frames=9)
-"""
+
+def stream(config: Path, causvid_config: Path) -> list[list[int]]:
+    """Return the peaks of Self-Forcing and of CausVid."""
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(M_MMAP_THRESHOLD, 65536) and libc.mallopt(M_ARENA_MAX, 2)  # freed memory goes back at once
+    self_forcing = SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu")
+    self_forcing.load_checkpoint(SELF_FORCING, use_ema=True)
+    peaks = [peaks_of_a_stream(self_forcing, ["A cat"], num_output_frames=60)]
+    causvid = CausVidPipeline(causvid_config, wan_base_model_path=BASE, device="cpu")
+    causvid.load_checkpoint(CAUSVID)
+    return [*peaks, peaks_of_a_stream(causvid, "A cat", num_rollout=10, num_frames=9)]
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    """The peak of a process when the window is full and at the video's end; the frames in between are 12 MB."""
-    config = small_config("self_forcing/configs/self_forcing_dmd", tmp_path)
-    causvid_config = small_config("causvid/configs/causvid", tmp_path)
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}  # freed memory goes back at once
-    arguments = [BASE, config, SELF_FORCING, causvid_config, CAUSVID]
-    with Process([sys.executable, "-c", STREAM, *arguments], env) as process:
-        result = process.wait(110)
-    assert result.returncode == 0, result.stderr
-    peaks = [1024 * int(line) for line in result.stdout.split()]
-    assert len(peaks) == 4 and peaks[1] - peaks[0] < 6e6 and peaks[3] - peaks[2] < 6e6, peaks
+    """The peak of a process when the window is full and at the video's end; the frames in between are 6 MB."""
+    names = ("self_forcing/configs/self_forcing_dmd", "causvid/configs/causvid")
+    configs = [small_config(name, tmp_path, image_or_video_shape="[1, 9, 16, 8, 6]") for name in names]
+    (process,) = run_ranks(1, stream, *configs)
+    for full_window, end in process.value:
+        assert end - full_window < 3e6, process.value
