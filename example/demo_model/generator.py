@@ -28,6 +28,8 @@ SCHEDULES = {
 }
 NUM_FRAMES = 21
 BLOCK = 3  # latent frames
+WINDOW = 12  # latent frames of LongLive's window, of which the first ``BLOCK`` are sinks
+PERIOD = 16  # latent frames after which an object is where it was
 
 
 def video_blocks(image: bool) -> tuple[tuple[int, int], ...]:
@@ -183,6 +185,13 @@ class Batch:
         return [self.prompt, self.context, self.noisy, self.x0, self.level]
 
 
+def add_noise(given: int, blocks: tuple[tuple[int, int], ...], prompt: Tensor, x0: Tensor, level: Tensor) -> Batch:
+    """Put noise of ``level`` [2, B, F] on the frames that are generated, and a little on those that they see."""
+    sigma, noise = level[1, :, :, None, None, None], torch.randn_like(x0)
+    context = x0 + 0.2 * torch.rand(len(x0), 1, 1, 1, 1, device=x0.device) * torch.randn_like(x0)
+    return Batch(given, blocks, prompt, context, (1 - sigma) * x0 + sigma * noise, x0, level)
+
+
 def noisy_batch(
     world: World, size: int, given: int, blocks: tuple[tuple[int, int], ...], from_noise=0.0, turning=0.0
 ) -> Batch:
@@ -198,14 +207,11 @@ def noisy_batch(
     device, frames = prompt.device, blocks[-1][1]
     level = random_levels(size, len(blocks), device)
     level[:, : int(from_noise * size), 0] = level.new_tensor([1000.0, 1.0])[:, None]
-    level = per_frame(blocks, level)
     turned = int(turning * size)
     start[:turned] = 0
     x0 = world.latents[prompt, start, :frames].float()
     x0[:turned, :given] = world.latents[world.draw(turned, first=False)][:, :given].float()
-    sigma, noise = level[1, :, :, None, None, None], torch.randn_like(x0)
-    context = x0 + 0.2 * torch.rand(size, 1, 1, 1, 1, device=device) * torch.randn_like(x0)
-    return Batch(given, blocks, prompt, context, (1 - sigma) * x0 + sigma * noise, x0, level)
+    return add_noise(given, blocks, prompt, x0, per_frame(blocks, level))
 
 
 def clip_batch(world: World, size: int) -> Batch:
@@ -222,6 +228,39 @@ def opening_batch(world: World, size: int) -> Batch:
 def turning_batch(world: World, size: int) -> Batch:
     """Whole clips that go on from a block, half of them from another prompt's: what a new prompt in CausVid does."""
     return noisy_batch(world, size, BLOCK, video_blocks(image=False), turning=0.5)
+
+
+def video_frames(world: World, prompt: Tensor, start: Tensor, frames: Tensor) -> Tensor:
+    """Return latents [B, F, 16, h, w] of videos that go on for ever: ``frames`` [B, F] of prompts and starts [B]."""
+    periodic = NUM_FRAMES - PERIOD
+    frames = torch.where(frames < NUM_FRAMES, frames, periodic + (frames - periodic) % PERIOD)
+    return world.latents[prompt[:, None], start[:, None], frames].float()
+
+
+def switching_batch(world: World, size: int) -> Batch:
+    """Windows of an endless video, in three of four of which a new prompt takes over at a random block.
+
+    As in the pipelines, the frames before the switch are seen under the new prompt, all at once. What follows is the new
+    prompt's video from its second block on. Half of the windows are LongLive's, which begin with sinks of a third prompt.
+    """
+    sinks = BLOCK * int(torch.randint(2, ()))
+    length = WINDOW if sinks else NUM_FRAMES
+    given = BLOCK * int(torch.randint(1, length // BLOCK, ()))
+    splits = sorted({0, sinks, *range(given, length + 1, BLOCK)})
+    blocks = tuple(zip(splits, splits[1:]))
+    (prompt, start), (old, old_start) = world.draw(size, first=True), world.draw(size, first=False)
+    device, same = prompt.device, size // 4
+    old[:same], old_start[:same] = prompt[:same], start[:same]
+    offset = torch.randint(2 * PERIOD, (size, 1), device=device) * torch.randint(2, (size, 1), device=device)
+    begun = offset + given
+    begun[same:] = BLOCK
+    frames = torch.arange(length, device=device)
+    before = video_frames(world, old, old_start, offset + frames[:given])
+    x0 = torch.cat([before, video_frames(world, prompt, start, begun + frames[: length - given])], 1)
+    x0[:, :sinks] = world.latents[world.draw(size, first=True)][:, :sinks].float()
+    level = random_levels(size, len(blocks), device)
+    level[:, : size // 2, -(length - given) // BLOCK] = level.new_tensor([1000.0, 1.0])[:, None]
+    return add_noise(given, blocks, prompt, x0, per_frame(blocks, level))
 
 
 @torch.no_grad()

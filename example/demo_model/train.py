@@ -3,8 +3,8 @@
     python example/demo_model/train.py
 
 Stages: the VAE on pictures, then on clips; the text encoder and the transformer on the VAE's latents of every video of
-the world, on how they begin, and on how they go on under a new prompt. Each stage is written as soon as it is done, and ``--resume`` takes the stages
-that are there as they are.
+the world, on how they begin, on how they go on under a new prompt, and on windows of endless videos. Each stage is written as
+soon as it is done, and ``--resume`` takes the stages that are there as they are.
 """
 
 from __future__ import annotations
@@ -139,10 +139,18 @@ class Trainer:
             yield generator.clip_batch(world, size)
             yield generator.opening_batch(world, 7 * size)
 
+        def switches():
+            for _ in range(3):
+                yield generator.switching_batch(world, size)
+                yield generator.opening_batch(world, 7 * size)
+            yield generator.clip_batch(world, size)
+            yield generator.turning_batch(world, size)
+
         for batches, steps, rate in (
             (clips, args.clip_steps, 1e-3),
             (openings, args.opening_steps, 1e-3),
             (turns, args.turn_steps, 5e-4),
+            (switches, args.switch_steps, 5e-4),
         ):
             self.stage(
                 batches.__name__,
@@ -206,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clip_steps", type=int, default=3600)
     parser.add_argument("--opening_steps", type=int, default=3000)
     parser.add_argument("--turn_steps", type=int, default=1000)
+    parser.add_argument("--switch_steps", type=int, default=6000)
     parser.add_argument("--vae_batch", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

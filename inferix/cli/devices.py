@@ -22,6 +22,9 @@ from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.pipelines.pipeline import Pipeline
 from inferix.runtime.memory import num_parameters
 
+CONTEXT = 10**9
+"""Bytes that CUDA and its libraries take."""
+
 
 def transformer_config(paths: ModelPaths) -> TransformerConfig:
     """Return the transformer's sizes: from the base model's ``config.json``, or else from the checkpoint's tensors.
@@ -179,9 +182,14 @@ def low_memory(args: Namespace, pipeline: Pipeline) -> bool:
     free, _ = torch.cuda.mem_get_info(pipeline.device)
     batch = least_batch(args)
     needed, small = (gpu_memory(pipeline.pipeline, low, batch) for low in (False, True))
+    loading = needed["transformer"] + needed.get("text encoder", 0)
     if not args.no_quantize:
-        small["transformer"] //= pipeline.dtype.itemsize  # it is quantized before all of it is on the GPU
-    total, least = sum(needed.values()), sum(small.values())
+        for parts in (needed, small):
+            parts["transformer"] //= pipeline.dtype.itemsize
+    if args.kv_cache_dtype == "fp8":
+        needed["key-value cache"] //= pipeline.dtype.itemsize
+    total, least = (CONTEXT + sum(parts.values()) * 21 // 20 for parts in (needed, small))  # a twentieth: fragmentation
+    total = max(total, CONTEXT + loading)  # in low memory the transformer is quantized on its way to the GPU
     parallel, scarce = pipeline.pipeline.context_parallel, total > free
     if not (parallel.any_rank(scarce) if parallel else scarce):  # all ranks do the same
         return False

@@ -28,6 +28,7 @@ from inferix.pipelines.noise import randn
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
+from inferix.runtime.memory import use_expandable_segments
 from inferix.runtime.startup import STARTUP
 
 
@@ -106,6 +107,8 @@ class CausalInferencePipeline:
         ``device``) or the first clip begins.
         """
         self.low_memory = low_memory
+        if low_memory:
+            use_expandable_segments()
         copied: Future | None = None
         with ThreadPoolExecutor(1) as copies:  # beside the imports of the compiler, which take as long
             if self.text_encoder is not None:
@@ -237,8 +240,8 @@ class CausalInferencePipeline:
             self.generator.capture(latents, rotary_emb, kv_cache)
         if plan.prompts_change and self.config.prompt_switch == "recache" and not kv_cache.recached:
             zeros = latents.new_zeros(plan.batch, window.num_frames, *plan.latent_shape)
-            for first in (0, plan.block_size):  # contiguous in the cache, and not
-                self.run_window(zeros, range(first, first + window.num_frames), plan, kv_cache)
+            for start in (window.num_frames, window.num_frames + plan.block_size):  # contiguous in the cache, and not
+                self.run_window(zeros, start, plan, kv_cache)
         kv_cache.reset()
         kv_cache.prepared_plans.add(plan)
         STARTUP.mark("compile and capture")
@@ -298,22 +301,17 @@ class CausalInferencePipeline:
         self.generator.set_prompt(prompt.embeds)
         if start == 0 or (prompt.switch or self.config.prompt_switch) == "cross_attention":
             return
-        window = kv_cache.window
-        rolled = start > window.num_frames
-        first = max(0, start - window.num_frames)
-        if rolled and self.config.global_sink:
-            first += window.sink_size
-        latents = torch.cat(list(history), dim=1)[:, first - start :]
-        keep_sinks = not rolled or self.config.global_sink
-        self.run_window(latents, range(first, start), plan, kv_cache, keep_sinks)
+        self.run_window(torch.cat(list(history), dim=1), start, plan, kv_cache)
 
-    def run_window(
-        self, latents: Tensor, frames: range, plan: ClipPlan, kv_cache: KVCache, keep_sinks: bool = True
-    ) -> None:
-        """Cache clean latents [B, F, C, h, w] of the last ``frames`` in the window anew, in one forward without a graph."""
-        rotary_emb = self.set_positions(frames, plan, kv_cache, keep_sinks)
+    def run_window(self, latents: Tensor, start: int, plan: ClipPlan, kv_cache: KVCache) -> None:
+        """Cache the last of the clean ``latents`` [B, F, C, h, w] anew, those in the window before ``start``, without a graph."""
+        rolled, first = start > kv_cache.window.num_frames, max(0, start - kv_cache.window.num_frames)
+        if rolled and self.config.global_sink:
+            first += kv_cache.window.sink_size
+        keep_sinks = not rolled or self.config.global_sink
+        rotary_emb = self.set_positions(range(first, start), plan, kv_cache, keep_sinks)
         timestep = torch.full((plan.batch, 1), self.config.context_noise, device=self.device, dtype=torch.float32)
-        self.generator.model(latents, timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
+        self.generator.model(latents[:, first - start :], timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
         kv_cache.recached = True
 
     def new_cache(self, plan: ClipPlan) -> KVCache:

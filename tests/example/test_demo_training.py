@@ -96,17 +96,33 @@ def test_teacher_forcing_sees_what_the_cache_holds(image, monkeypatch):
     assert generator.x0_error(model, text, latents, noise, latents, level, blocks, given) < 1e-8
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_switched_window_goes_on_with_the_new_prompts_video(seed):
+    """Latents that name their prompt, start and frame."""
+    torch.manual_seed(seed)
+    prompts, starts, frames = torch.meshgrid(*(torch.arange(n) for n in (5, 4, generator.NUM_FRAMES)), indexing="ij")
+    latents = (1000 * prompts + 100 * starts + frames)[..., None, None, None].expand(-1, -1, -1, 16, 2, 2)
+    batch = generator.switching_batch(generator.World(latents, prompts, prompts), 8)
+    named = batch.x0[..., 0, 0, 0].long()
+    sinks, length = batch.blocks[0][1] if batch.blocks[0][1] < batch.given else 0, named.shape[1]
+    assert [end for _, end in batch.blocks][-1 - (length - batch.given) // 3 :] == list(
+        range(batch.given, length + 1, 3)
+    )
+    assert (named[2:, batch.given :] == 1000 * batch.prompt[2:, None] + torch.arange(3, length - batch.given + 3)).all()
+    same = named[:2, sinks:].diff()
+    assert ((same == 1) | (same == 1 - generator.PERIOD)).all()  # no new prompt: the video goes on
+
+
 def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generator, "NUM_FRAMES", 4)
+    for name, frames in (("NUM_FRAMES", 6), ("WINDOW", 6), ("PERIOD", 2)):
+        monkeypatch.setattr(generator, name, frames)
     monkeypatch.setattr(train, "SCENES", SCENES[:1])
     monkeypatch.setattr(train, "STARTS", STARTS[:1])
     monkeypatch.setattr(train, "train_on_images", lambda *arguments: None)
     monkeypatch.setattr(train, "train_on_clips", lambda *arguments: None)
     monkeypatch.setattr(train, "normalize", lambda autoencoder: None)
-    steps = [
-        f"--{name}=1"
-        for name in ("image_steps", "vae_steps", "clip_steps", "opening_steps", "turn_steps", "vae_batch", "batch")
-    ]
+    stages = ("image", "vae", "clip", "opening", "turn", "switch")
+    steps = [f"--{name}=1" for name in (*(f"{stage}_steps" for stage in stages), "vae_batch", "batch")]
     arguments = [*steps, f"--output_folder={tmp_path / 'demo'}", f"--work_folder={tmp_path / 'work'}"]
     train.main(arguments)
     for file in (export.SELF_FORCING, export.CAUSVID, f"{export.BASE}/config.json"):
@@ -114,4 +130,4 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(train.Trainer, "report", lambda *arguments: None)  # the same videos again, decoded for seconds
     train.main([*arguments, "--resume"])
-    assert capsys.readouterr().out.count("taken from") == 5
+    assert capsys.readouterr().out.count("taken from") == 6

@@ -107,9 +107,10 @@ def test_another_gpu_than_the_first_computes_the_same(kv_cache_dtype):
     assert torch.equal(first, second)
 
 
-def test_eight_bit_cache_keeps_the_magnitude():
-    exact = latents(build(torch.device("cpu"), torch.float32))
-    error, gain = relative_error(latents(build(kv_cache_dtype="fp8")), exact)
+@pytest.mark.parametrize("switch_at", [None, 6, 15])
+def test_eight_bit_cache_keeps_the_magnitude(switch_at):
+    exact = latents(build(torch.device("cpu"), torch.float32), switch_at=switch_at)
+    error, gain = relative_error(latents(build(kv_cache_dtype="fp8"), switch_at=switch_at), exact)
     assert error < 0.045 and abs(gain - 1) < 0.01
 
 
