@@ -313,7 +313,7 @@ class CausalInferencePipeline:
         """Cache clean latents [B, F, C, h, w] of the last ``frames`` in the window anew, in one forward without a graph."""
         rotary_emb = self.set_positions(frames, plan, kv_cache, keep_sinks)
         timestep = torch.full((plan.batch, 1), self.config.context_noise, device=self.device, dtype=torch.float32)
-        self.generator.model(latents, timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
+        self.generator.model.update_cache(latents, timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
         kv_cache.recached = True
 
     def new_cache(self, plan: ClipPlan) -> KVCache:
