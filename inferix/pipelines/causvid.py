@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
