@@ -47,7 +47,7 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
-        shown = 4 * (num_frames - num_overlap_frames)  # pixel frames of a rollout; the next one generates the others again
+        shown = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
         start_latents, blending = None, Blending(self.config.blend_blocks)
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
