@@ -46,7 +46,7 @@ def pipeline_options(args: Namespace, paths: ModelPaths) -> dict:
     check_memory(args, model, config, parallel)
     return {
         "default_config_path": args.default_config_path,
-        "enable_kv_offload": args.enable_kv_offload,
+        "enable_kv_offload": args.enable_kv_offload and torch.cuda.is_available(),  # else the device is the host
         "parallel_config": parallel,
         "transformer_weights": False,  # a checkpoint takes their place
         "vae": args.vae,

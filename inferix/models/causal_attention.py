@@ -37,8 +37,12 @@ class CausalSelfAttention:
     compiler would make it a copy of the keys and values first.)
     """
 
-    def __init__(self, layer: int, kv_cache: KVCache, context_parallel: ContextParallel | None):
+    def __init__(
+        self, layer: int, kv_cache: KVCache, context_parallel: ContextParallel | None, only_cache: bool = False
+    ):
         self.layer, self.kv_cache, self.context_parallel = layer, kv_cache, context_parallel
+        self.only_cache = only_cache
+        """Store the keys and values, and attend to nothing."""
 
     def qkv_buffers(self, shape: tuple[int, int, int, int]) -> QKVBuffers:
         """Return the buffers for projections of ``shape`` [B, T, H, d]."""
@@ -60,7 +64,7 @@ class CausalSelfAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, key_unrotated: Tensor | None) -> Tensor:
         """Return the attention of the current frames to the window [B, T, H*d], H*d in two dimensions on several ranks.
 
-        The arguments are the filled ``qkv_buffers``.
+        The arguments are the filled ``qkv_buffers``. With ``only_cache`` the result has no meaning.
         """
         value_mean = None
         if self.kv_cache.value_means is not None:
@@ -70,9 +74,10 @@ class CausalSelfAttention:
         if key_unrotated is not None:
             self.kv_cache.store_sinks(self.layer, key_unrotated)
         keys, values = self.kv_cache.update(self.layer, key, value, value_mean)
-        attn_output = merge_partials(self._attend(query, keys, values), self.kv_cache.compute_dtype)
+        if not self.only_cache:
+            query = merge_partials(self._attend(query, keys, values), self.kv_cache.compute_dtype)
         self.kv_cache.release(self.layer)
-        return attn_output
+        return query
 
     def _call_parallel(
         self, parallel: ContextParallel, key_unrotated: Tensor | None, value_mean: Tensor | None
@@ -89,6 +94,9 @@ class CausalSelfAttention:
         scatter = compiled_scatter_qkv() if received.is_cuda else scatter_qkv
         query = scatter(received, *self.kv_slots, frames)
         keys, values = kv_cache.update(self.layer, *self.kv_slots, value_mean)
+        if self.only_cache:
+            kv_cache.release(self.layer)
+            return query
         if parallel.ring_size == 1:
             partials = self._attend(query, keys, values)
         else:

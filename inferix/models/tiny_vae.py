@@ -144,13 +144,13 @@ class TAEHV(nn.Module):
 @compiled_on_gpu
 def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
     """Return ReLU(x + bias); x [B, N, C]."""
-    return F.relu(x.float() + bias.float()).to(x.dtype)
+    return (x.float() + bias.float()).relu_().to(x.dtype)
 
 
 @compiled_on_gpu
 def add_bias_relu(residual: Tensor, x: Tensor, bias: Tensor, out: Tensor) -> None:
     """Write ReLU(residual + x + bias) to ``out``; all [B, N, C]."""
-    out.copy_(F.relu(residual.float() + (x.float() + bias.float())))
+    out.copy_((residual.float() + (x.float() + bias.float())).relu_())
 
 
 @compiled_on_gpu

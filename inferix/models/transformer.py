@@ -73,6 +73,8 @@ class TransformerBlock(nn.Module):
         key = write(qkv_buffers.key, apply_rope(key, rotary_emb))
         value = value if qkv_buffers.value is None else write(qkv_buffers.value, value)
         attn_output = self_attention(query, key, value, qkv_buffers.key_unrotated)  # not compiled
+        if self_attention.only_cache:
+            return hidden_states
         attn_output = self.attn1.to_out[0](attn_output.flatten(2))
         hidden_states = (hidden_states + attn_output.view_as(hidden_states) * gate_msa).to(hidden_states.dtype)
 
@@ -154,15 +156,41 @@ class CausalWanTransformer(nn.Module):
             The flow [B, F, C, h, w] in the dtype of ``latents``.
         """
         embedding, temb = self.condition_embedder.embed_time(timestep)
+        hidden_states = self._run_blocks(latents, temb, rotary_emb, encoder_kv, kv_cache)
+        out = self.project_out(hidden_states, embedding)
+        return self.unpatchify(out if self.context_parallel is None else self.context_parallel.all_gather(out), latents)
+
+    def update_cache(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        rotary_emb: RotaryEmb,
+        encoder_kv: list[tuple[Tensor, Tensor]],
+        kv_cache: KVCache,
+    ) -> None:
+        """Store what ``forward`` stores, without what follows on the last layer's keys and values."""
+        _, temb = self.condition_embedder.embed_time(timestep)
+        self._run_blocks(latents, temb, rotary_emb, encoder_kv, kv_cache, only_cache=True)
+
+    def _run_blocks(
+        self,
+        latents: Tensor,
+        temb: Tensor,
+        rotary_emb: RotaryEmb,
+        encoder_kv: list[tuple[Tensor, Tensor]],
+        kv_cache: KVCache,
+        only_cache: bool = False,
+    ) -> Tensor:
+        """Return the last layer's output [B, F, S, D]; with ``only_cache`` that layer stops at its keys and values."""
         hidden_states = self.patchify(latents)
         batch, frames, tokens, _ = hidden_states.shape
         shape = (batch, frames * tokens, self.config.num_heads, self.config.head_dim)
         for layer, block in enumerate(self.blocks):
-            self_attention = CausalSelfAttention(layer, kv_cache, self.context_parallel)
+            last = layer == self.config.num_layers - 1
+            self_attention = CausalSelfAttention(layer, kv_cache, self.context_parallel, only_cache and last)
             qkv_buffers = self_attention.qkv_buffers(shape)
             hidden_states = block(hidden_states, temb, rotary_emb, encoder_kv[layer], self_attention, qkv_buffers)
-        out = self.project_out(hidden_states, embedding)
-        return self.unpatchify(out if self.context_parallel is None else self.context_parallel.all_gather(out), latents)
+        return hidden_states
 
     def compile_repeated_blocks(self) -> None:
         """Compile the blocks, one code for all of them, and the output projection. A second call does nothing."""

@@ -311,7 +311,8 @@ class CausalInferencePipeline:
         keep_sinks = not rolled or self.config.global_sink
         rotary_emb = self.set_positions(range(first, start), plan, kv_cache, keep_sinks)
         timestep = torch.full((plan.batch, 1), self.config.context_noise, device=self.device, dtype=torch.float32)
-        self.generator.model(latents[:, first - start :], timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
+        window = latents[:, first - start :]
+        self.generator.model.update_cache(window, timestep, rotary_emb, self.generator.encoder_kv, kv_cache)
         kv_cache.recached = True
 
     def new_cache(self, plan: ClipPlan) -> KVCache:
@@ -336,6 +337,8 @@ class CausalInferencePipeline:
             self.kv_cache = None  # free the old one, and the graphs that belong to it, first
             self.kv_cache = kind(model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype)
             self.cache_key = wanted
+            if self.low_memory:  # the memory of graphs cannot be used while the VAE decodes
+                self.kv_cache.graphs = None
         self.kv_cache.reset()
         return self.kv_cache
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +47,8 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
-        repeated = 4 * (num_overlap_frames - 1) + 1  # pixel frames at a rollout's end that the next one generates again
-        start_latents, blending = None, Blending(self.config.blend_blocks)
+        shown = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
+        start_latents, blending, held = None, Blending(self.config.blend_blocks), list[Tensor]()
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
                 embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
@@ -59,20 +58,24 @@ class CausVidPipeline(Pipeline):
             if start_latents is not None:
                 noise = noise[:, num_overlap_frames:]
             blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)
-            decode, latents = self.pipeline.vae.streaming_decoder(), list[Tensor]()
-            held: Any = None
+            decode, latents, done = self.pipeline.vae.streaming_decoder(), list[Tensor](), 0
             while (block := self.timed("denoise", next, blocks, None)) is not None:
                 latents.append(block)
                 pixels = self.timed("decode", decode, block)
-                pixels = pixels if held is None else torch.cat([held, pixels], dim=1)
-                if pixels.shape[1] > repeated:
-                    yield pixels[:, :-repeated]
-                held = pixels[:, -repeated:]
+                if done < shown:
+                    piece = torch.cat([*held, pixels[:, : shown - done]], dim=1)
+                    held = []
+                    if (next_start := pixels[:, shown - done :][:, :1]).shape[1]:  # the first frame that is not shown
+                        held = [piece]  # the next rollout's first frames follow at once
+                    else:
+                        yield piece
+                done += pixels.shape[1]
             if sum(block.shape[1] for block in latents) < num_frames:  # the prompts have ended
-                return
-            first = self.pipeline.vae.encode(held[:, :1] * 2 - 1)
+                break
+            first = self.pipeline.vae.encode(next_start * 2 - 1)
             last = torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]
             start_latents = torch.cat([first, last], dim=1)
+        yield from held
 
     def generate(
         self,
@@ -112,6 +115,8 @@ class CausVidPipeline(Pipeline):
     ) -> int | None:
         """Return the number of pieces that ``stream`` yields, None where that is open.
 
+        That is one for each block of the video: the blocks that a rollout takes over are not counted again.
+
         Raises InputError where the numbers do not make a video.
         """
         size = self.config.num_frame_per_block
@@ -129,7 +134,7 @@ class CausVidPipeline(Pipeline):
             if len(prompts) != num_rollout or not prompts:
                 rollouts = "1 rollout" if num_rollout == 1 else f"{num_rollout} rollouts"
                 raise InputError(f"{len(prompts)} prompts for {rollouts}: give one prompt, or one for each rollout")
-        return None if num_rollout is None else num_rollout * (num_frames - num_overlap_frames) // size
+        return None if num_rollout is None else num_rollout * ((num_frames - num_overlap_frames) // size) + 1
 
 
 def as_list(prompts: str | Iterable[RolloutPrompt]) -> list[RolloutPrompt] | Iterator[RolloutPrompt]:

@@ -57,11 +57,17 @@ class Playout:
         self._jpeg: tuple[np.ndarray, asyncio.Future[bytes]] | None = None
 
     def push(self, frames: Tensor, labels: Iterable[tuple[str | None, float | None]] = repeat((None, None))) -> None:
-        """Queue frames [t, 3, H, W] in [0, 1], with the ``prompt`` and ``sent`` of each ``Frame``. Any thread."""
+        """Queue frames [t, 3, H, W] in [0, 1], with the ``prompt`` and ``sent`` of each ``Frame``. Any thread.
+
+        The first frames that a typed prompt has changed are played at once, in place of those that are still queued.
+        """
         pixels = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         planes = [VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p").to_ndarray() for frame in pixels]
+        new = [Frame(frame, *label) for frame, label in zip(planes, labels)]
         with self.lock:
-            self.queue.extend(Frame(frame, *label) for frame, label in zip(planes, labels))
+            if any(frame.sent is not None for frame in new):
+                self.queue.clear()
+            self.queue.extend(new)
             while len(self.queue) > QUEUE_SECONDS * FPS:
                 self.queue.popleft()
                 self.dropped += 1

@@ -235,23 +235,20 @@ class Session:
     def _may_generate(self) -> bool:
         """Wait while viewers have enough to watch, so that they soon see what they type; return False after a stop."""
         start = time.monotonic()
-        while self._is_ahead():
-            time.sleep(0.5 / FPS)
         with self.changed:
+            while self._is_ahead():
+                self.changed.wait(0.5 / FPS)
             self.block_start += time.monotonic() - start
             if self.next_prompt is not None and self.next_image is not None:
                 self.stop_requested = True
             return not self.stop_requested
 
     def _is_ahead(self) -> bool:
-        with self.changed:
-            if not self.viewers or not self.block_times or self.stop_requested:
-                return False
-            enough = self.block_times[-1][0]
-            if self.next_prompt is None:  # what takes up a prompt takes longer, and begins as soon as it may
-                typical = statistics.median(seconds for _, seconds in self.block_times)
-                enough = min(enough, math.ceil(LEAD * FPS * typical))
-            return len(self.playout.queue) > enough
+        if not self.viewers or not self.block_times or self.stop_requested or self.next_prompt is not None:
+            return False
+        typical = statistics.median(seconds for _, seconds in self.block_times)
+        longest = max(frames for frames, _ in self.block_times)
+        return len(self.playout.queue) > min(longest, math.ceil(LEAD * FPS * typical))
 
     def _wait_while_paused(self) -> None:
         with self.changed:

@@ -185,7 +185,7 @@ def test_what_was_typed_is_generated_again_with_self_forcing(self_forcing: SelfF
 
 def test_what_was_typed_is_generated_again_with_causvid(causvid: CausVidPipeline):
     """Rollouts of three blocks, of which one is taken over: one prompt in the middle of one, one at the next one's begin."""
-    session, play = live_session({1: "A dog", 2: "A bird", 5: "A fish"}, "A cat")
+    session, play = live_session({2: "A dog", 3: "A bird", 7: "A fish"}, "A cat")
 
     def stream(prompts):
         return causvid.stream(each_rollout(prompts, 3), 3, 3, 9, causvid.seeded(1))

@@ -163,6 +163,23 @@ def test_with_a_viewer_generation_stays_one_block_ahead():
     assert not thread.is_alive()
 
 
+def test_a_typed_prompt_ends_the_wait():
+    session = make_session()
+    session.begin_clip(None)
+    prompts = session.prompts(zip(count(), repeat("a")))
+    next(prompts)
+    session.set_viewers(1)
+    session.show(FRAMES.repeat(3, 1, 1, 1))
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(next(prompts)))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    session.submit_prompt("typed")
+    thread.join(60)
+    assert taken == ["typed"]
+
+
 def test_an_image_begins_a_clip_of_its_own():
     """The prompt that comes with it does not change the running clip, which ends as by Stop."""
     session = make_session(exit_when_done=True)
@@ -183,7 +200,7 @@ def test_an_image_begins_a_clip_of_its_own():
 
 def test_the_seconds_from_sending_a_prompt_to_the_first_frame_that_it_changes():
     session = make_session()
-    session.begin_clip(None, lambda block: max(0, 12 * block - 3))  # of which pieces of 12 frames have parts of two
+    session.begin_clip(None, lambda block: max(0, 12 * block - 9))  # of which pieces of 12 frames have parts of two
     prompts = session.prompts(zip(count(), repeat("given")))
     next(prompts)
     next(prompts)
@@ -193,10 +210,10 @@ def test_the_seconds_from_sending_a_prompt_to_the_first_frame_that_it_changes():
     assert next(prompts) == "typed"
     session.show(FRAMES)
     labels = [(frame.prompt, frame.sent) for frame in session.playout.queue]
-    assert labels[:21] == [("given", None)] * 21
-    assert labels[21:] == [("typed", sent), ("typed", None), ("typed", None)]
+    assert labels[:3] == [("given", None)] * 3  # those of the pieces before are not waited for
+    assert labels[3:] == [("typed", sent)] + [("typed", None)] * 8
     for _ in labels:
-        assert session.playout.response_seconds is None or len(session.playout.queue) < 3
+        assert session.playout.response_seconds is None or len(session.playout.queue) < 9
         session.playout._take()
     now = session.snapshot()
     assert now["playing_prompt"] == "typed" and now["response_seconds"] > 0 and now["history"] == ["given", "typed"]

@@ -58,7 +58,7 @@ def test_a_typed_prompt_steers_the_next_block_of_causvid(tmp_path):
         block = asyncio.run(body(script))
         assert script.interrupt() == 130
     storyboard, path = sorted(script.folder.glob("*.[my]*[4l]"), key=lambda path: path.suffix, reverse=True)
-    assert read_storyboard(storyboard, 3).entries == (Entry(0, RED.prompt), Entry(block, BLUE.prompt))
+    assert read_storyboard(storyboard, 3).entries == (Entry(0, RED.prompt), Entry(block - 1, BLUE.prompt))
     assert_goes_over(read_video(path))
 
 
