@@ -184,15 +184,15 @@ def test_what_was_typed_is_generated_again_with_self_forcing(self_forcing: SelfF
 
 
 def test_what_was_typed_is_generated_again_with_causvid(causvid: CausVidPipeline):
-    """Rollouts of three blocks, of which one is taken over: one prompt in the middle of one, one at the next one's begin."""
-    session, play = live_session({2: "A dog", 3: "A bird", 7: "A fish"}, "A cat")
+    """Rollouts of three blocks, of which one is taken over; a prompt that comes when a rollout has begun waits for its next block."""
+    session, play = live_session({2: "A dog", 3: "A bird", 6: "A fish"}, "A cat")
 
     def stream(prompts):
         return causvid.stream(each_rollout(prompts, 3), 3, 3, 9, causvid.seeded(1))
 
     live = play(stream(session.prompts(zip(rollout_blocks(3, 1), repeat("A cat")))))
     story = session.end_clip()
-    assert [entry.block for entry in story.entries] == [0, 2, 3, 6]
+    assert [entry.block for entry in story.entries] == [0, 2, 4, 6]
     assert torch.equal(torch.cat(list(stream(story.prompts(rollout_blocks(3, 1)))), dim=1), live)
 
 
