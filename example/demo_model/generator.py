@@ -69,6 +69,8 @@ class TeacherForcing:
     has an attention of its own: one masked attention would compute all pairs, of which more than half are not seen.
     """
 
+    only_cache = False
+
     def __init__(self, blocks: tuple[tuple[int, int], ...], tokens_per_frame: int, device: torch.device):
         self.blocks = [(start * tokens_per_frame, end * tokens_per_frame) for start, end in blocks]
         self.device = device

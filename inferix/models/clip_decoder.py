@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from inferix.distributed.context_parallel import GRAPHS, ContextParallel
 from inferix.distributed.row_parallel import RowParallel
+from inferix.runtime.cuda_graphs import capture_stream
 
 
 class FeatCache:
@@ -103,7 +104,8 @@ class ClipDecoder:
         static, self.feat_cache.first = latents.clone(), kind[1]
         pool = next((graph.pool() for graph, *_ in self.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        stream = capture_stream(static.device)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             pixels = self.decoder(static, self.feat_cache)
         self.graphs[kind] = (graph, static, pixels)
         if self.feat_cache.row_parallel is not None:

@@ -55,8 +55,9 @@ class CapturedGraph:
                 function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
+        stream = capture_stream(self.inputs[0].device)
         # thread_local: what other threads do, such as NCCL's watchdog, does not end the capture
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
         if dist.is_initialized():
             GRAPHS.add(self.graph)
@@ -71,6 +72,12 @@ class CapturedGraph:
 @cache
 def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream for all captures on ``device``: cuBLAS keeps 34 MB for every stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all captures on ``device``: PyTorch's default is the first device's for all."""
     return torch.cuda.Stream(device)
 
 

@@ -121,7 +121,7 @@ def peaks_of_a_stream(pipeline: SelfForcingPipeline | CausVidPipeline, *prompts:
         if number in (6, 20):
             lines = Path("/proc/self/status").read_text().splitlines()
             peaks += [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    assert number == 20
+    assert number >= 20
     return peaks
 
 
