@@ -28,7 +28,7 @@ from inferix.pipelines.noise import randn
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
-from inferix.runtime.memory import use_expandable_segments
+from inferix.runtime.memory import num_bytes, use_expandable_segments
 from inferix.runtime.startup import STARTUP
 
 
@@ -337,7 +337,7 @@ class CausalInferencePipeline:
             self.kv_cache = None  # free the old one, and the graphs that belong to it, first
             self.kv_cache = kind(model.config.num_layers, shape, window, self.device, self.kv_cache_dtype, self.dtype)
             self.cache_key = wanted
-            if self.low_memory:  # the memory of graphs cannot be used while the VAE decodes
+            if self.low_memory and num_bytes(model) > 4e9:  # kernels so long gain nothing, and the VAE needs the memory
                 self.kv_cache.graphs = None
         self.kv_cache.reset()
         return self.kv_cache

@@ -47,7 +47,7 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
-        shown = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
+        visible = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
         start_latents, blending, held = None, Blending(self.config.blend_blocks), list[Tensor]()
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
@@ -62,10 +62,10 @@ class CausVidPipeline(Pipeline):
             while (block := self.timed("denoise", next, blocks, None)) is not None:
                 latents.append(block)
                 pixels = self.timed("decode", decode, block)
-                if done < shown:
-                    piece = torch.cat([*held, pixels[:, : shown - done]], dim=1)
+                if done < visible:
+                    piece = torch.cat([*held, pixels[:, : visible - done]], dim=1)
                     held = []
-                    if (next_start := pixels[:, shown - done :][:, :1]).shape[1]:  # the first frame that is not shown
+                    if (next_start := pixels[:, visible - done :][:, :1]).shape[1]:  # the first frame that is not shown
                         held = [piece]  # the next rollout's first frames follow at once
                     else:
                         yield piece
