@@ -62,15 +62,16 @@ class Playout:
         The first frames that a typed prompt has changed are played at once, in place of those that are still queued.
         """
         pixels = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        planes = [VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p").to_ndarray() for frame in pixels]
-        new = [Frame(frame, *label) for frame, label in zip(planes, labels)]
-        with self.lock:
-            if any(frame.sent is not None for frame in new):
-                self.queue.clear()
-            self.queue.extend(new)
-            while len(self.queue) > QUEUE_SECONDS * FPS:
-                self.queue.popleft()
-                self.dropped += 1
+        labelled = list(zip(pixels, labels))
+        if any(sent is not None for _, (_, sent) in labelled):
+            self.clear()
+        for frame, (prompt, sent) in labelled:  # each as soon as it is there
+            planes = VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p").to_ndarray()
+            with self.lock:
+                self.queue.append(Frame(planes, prompt, sent))
+                if len(self.queue) > QUEUE_SECONDS * FPS:
+                    self.queue.popleft()
+                    self.dropped += 1
 
     def clear(self) -> None:
         """Forget what is queued; the last frame played stays. Any thread."""

@@ -15,8 +15,7 @@ from inferix.webrtc.playout import ViewerTrack
 from inferix.webrtc.session import Session
 
 MAX_VIEWERS = 64
-MAX_CONNECTING = 16
-"""WebRTC connections that are not established yet. One more closes the oldest, so that they keep nobody out."""
+"""Also WebRTC connections that are not established yet: one more of these closes the oldest, so that they keep nobody out."""
 CONNECT_SECONDS = 5
 """A WebRTC connection that is not established by then is closed. The page has given up before."""
 MAX_UNSEEN = 8
@@ -47,7 +46,7 @@ class Viewers:
         """
         if len(self.connected) >= MAX_VIEWERS:
             raise OverflowError(TOO_MANY)
-        while len(self.connecting) >= MAX_CONNECTING:
+        while len(self.connecting) >= MAX_VIEWERS:
             await self._drop(next(iter(self.connecting)))
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))  # by default it would ask a public server
         self.connecting[peer] = None

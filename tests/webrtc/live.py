@@ -75,12 +75,13 @@ async def until(session: ClientSession, condition, seconds: float = LIMIT) -> di
     return now
 
 
-def watch(url: str) -> None:
-    """Watch until killed, at most ``LIMIT`` seconds."""
+def watch(url: str, count: int) -> None:
+    """Be ``count`` viewers until killed, at most for ``LIMIT`` seconds."""
 
     async def body() -> None:
         async with ClientSession(url) as session:
-            await Viewer(session).connect()
+            viewers = [Viewer(session) for _ in range(count)]
+            await asyncio.gather(*(viewer.connect() for viewer in viewers))
             await asyncio.sleep(LIMIT)
 
     asyncio.run(body())

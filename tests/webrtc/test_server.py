@@ -14,6 +14,7 @@ from live import Viewer, state, until, watch
 from PIL import Image
 
 from inferix import InputError
+from inferix.webrtc import viewers
 from inferix.webrtc.server import MAX_IMAGE, serve
 from inferix.webrtc.session import Session, WebRTCConfig
 from inferix.webrtc.viewers import MAX_UNSEEN, MAX_VIEWERS
@@ -56,18 +57,24 @@ def test_a_viewer_over_http_sees_the_frames_and_is_counted():
     with_server(body)
 
 
-def test_a_viewer_that_vanishes_gives_its_place_back(monkeypatch):
-    """After a time in which the network may have been away, 30 s, here a tenth of it."""
+def test_viewers_that_vanish_give_their_places_back(monkeypatch):
+    """Half of 32, after a time in which the network may have been away, 30 s, here a tenth of it; the others go on."""
     monkeypatch.setattr(ice, "CONSENT_INTERVAL", ice.CONSENT_INTERVAL / 10)
+    monkeypatch.setattr(viewers, "CONNECT_SECONDS", 60)  # all of them in one process, on a slow machine
 
     async def body(session, http):
-        viewer = FORKSERVER.Process(target=watch, args=(session.url,))
-        viewer.start()
+        session.playout.push(FRAMES)
+        vanishing = FORKSERVER.Process(target=watch, args=(session.url, 16))
+        vanishing.start()
+        staying = [Viewer(http) for _ in range(16)]
         try:
-            await until(http, lambda now: now["viewers"] == 1)
+            await asyncio.gather(*(viewer.connect() for viewer in staying))
+            await until(http, lambda now: now["viewers"] == 32)
         finally:
-            viewer.kill()
-        await until(http, lambda now: now["viewers"] == 0)
+            vanishing.kill()
+        await until(http, lambda now: now["viewers"] == 16)
+        await asyncio.gather(*(viewer.until_frames(3) for viewer in staying))
+        await asyncio.gather(*(viewer.close() for viewer in staying))
 
     with_server(body)
 
