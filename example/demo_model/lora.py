@@ -27,7 +27,7 @@ import generator  # noqa: E402
 from generator import Batch, World  # noqa: E402
 from inferix.models.transformer import CausalWanTransformer  # noqa: E402
 from pretrained import DemoModel  # noqa: E402
-from score import score  # noqa: E402
+from score import summary  # noqa: E402
 from world import LORA_COLORS, LORA_SCENES, SCENES, Scene, save_rows  # noqa: E402
 
 
@@ -106,9 +106,7 @@ def report(demo: DemoModel, scenes: Sequence[Scene], title: str, picture: Path |
     """Generate the scenes' videos and print how many show what they should; ``picture``: some frames of each."""
     latents = demo.generate([scene.prompt for scene in scenes], generator.NUM_FRAMES, seed=1)
     videos = demo.decode(latents)
-    results = [score(video, scene) for video, scene in zip(videos, scenes)]
-    right = {name: sum(result[name] for result in results) for name in results[0]}
-    print(f"{title}: {sum(all(r.values()) for r in results)}/{len(scenes)} right, {right}", flush=True)
+    print(f"{title}: {summary(videos, scenes)}", flush=True)
     if picture:
         save_rows(picture, videos[:, ::10])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -104,6 +105,13 @@ def score(video: Tensor, scene: Scene) -> dict[str, bool]:
         "direction": often(recognized) and expected / 2 <= along <= expected * 1.5 and across <= expected / 10,
         "background": often(background == list(BACKGROUNDS).index(scene.background)),
     }
+
+
+def summary(videos: Iterable[Tensor], scenes: Sequence[Scene]) -> str:
+    """Say how many of the videos [T, 3, 128, 128] show what their scene asks for, and how many in each criterion."""
+    results = [score(video, scene) for video, scene in zip(videos, scenes)]
+    right = {name: sum(result[name] for result in results) for name in CRITERIA}
+    return f"{sum(all(result.values()) for result in results)}/{len(scenes)} right, {right}"
 
 
 def load_pipeline(sampler: str, quant: str, weights: Path, lora: Path | None = None):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import export  # noqa: E402
 import generator  # noqa: E402
 from inferix.models.transformer import CausalWanTransformer  # noqa: E402
-from score import CRITERIA, score  # noqa: E402
+from score import summary  # noqa: E402
 from text import TEXT_LEN, build_text_encoder, build_tokenizer  # noqa: E402
 from vae import build_vae, decode, encode, half_precision, normalize, train_on_clips, train_on_images, whole_clip  # noqa: E402
 from world import SCENES, STARTS, Scene, render_many, save_rows  # noqa: E402
@@ -200,10 +200,7 @@ class Trainer:
             with half_precision(self.device):
                 videos.append(decode(self.vae, (part * self.std + self.mean).transpose(1, 2)).clamp(0, 1).float())
         videos = torch.cat(videos)
-        results = [score(video, scene) for video, scene in zip(videos, scenes)]
-        right = {name: sum(result[name] for result in results) for name in CRITERIA}
-        every = sum(all(result.values()) for result in results)
-        print(f"{title}: {every}/{len(scenes)} right, {right}", flush=True)
+        print(f"{title}: {summary(videos, scenes)}", flush=True)
         save_rows(self.args.work_folder / f"{title}.png", videos[:: max(1, len(videos) // 8), ::10])
 
 
