@@ -4,18 +4,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forks import Fork
+from processes import Process
 
 from inferix.video import count_frames
 
-PROGRAM = f"""
-import os, signal, sys, time, types
+INTERPRETER = f"""
+import sys, types
 package = types.ModuleType("inferix")  # without its __init__: of all there is, a writer needs just these modules
 package.__path__ = [{str(ROOT / "inferix")!r}]
 sys.modules["inferix"] = package
+"""
+"""What a program begins with that is not a fork."""
+PROGRAM = """
+import os, signal, sys, time
 import torch
 from inferix.video import SegmentedVideoWriter, VideoWriter, wait_for_writers
 
@@ -34,13 +41,26 @@ def stop_encoder(writer):
 
 
 def start(program: str, folder: Path) -> tuple[subprocess.Popen, str]:
-    """Start ``PROGRAM`` and ``program`` in a session of its own, and return it and the first line that it prints."""
+    """Start an interpreter with ``program`` in a session of its own, and return it and the first line that it prints."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", PROGRAM + program]
+    command = [sys.executable, "-c", INTERPRETER + PROGRAM + program]
     process = subprocess.Popen(command, cwd=folder, text=True, start_new_session=True, **pipes)
     line = process.stdout.readline().strip()
     assert line, process.communicate()
     return process, line
+
+
+class ForkedProgram(Process):
+    """Start ``program`` in ``folder`` as a fork, for what does not depend on how an interpreter ends."""
+
+    def __init__(self, program: str, folder: Path):
+        self.source = tempfile.TemporaryDirectory()
+        path = Path(self.source.name, "program.py")
+        path.write_text(PROGRAM + program)
+        super().__init__([path], cwd=folder)
+
+    def start(self, command: list[str], env: dict[str, str], cwd: Path) -> Fork:
+        return Fork(command, env, cwd, self.files, num_ranks=0, ranks="")
 
 
 def contents(folder: Path) -> dict[str, int]:
@@ -86,18 +106,19 @@ tell(same.result())
 """
         for num_frames in (5, 7)
     ]
-    processes = [start(program, tmp_path)[0] for program in programs]
-    assert len(list(tmp_path.iterdir())) == 4
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
     written = {}
-    for process, num_frames in zip(processes, (5, 7)):
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        name, same = output.split()
-        written[name] = num_frames
-        assert same == "same.mp4"
+    with ForkedProgram(programs[0], tmp_path) as first, ForkedProgram(programs[1], tmp_path) as second:
+        for process in (first, second):
+            process.wait_until(lambda: process.stdout)
+        assert len(list(tmp_path.iterdir())) == 4
+        for process in (first, second):
+            process.type(b"go\n")
+        for process, num_frames in ((first, 5), (second, 7)):
+            result = process.wait()
+            assert result.returncode == 0, result.stderr
+            _ready, name, same = result.stdout.split()
+            written[name] = num_frames
+            assert same == "same.mp4"
     assert sorted(written) == ["a-2.mp4", "a.mp4"]
     assert contents(tmp_path) == written | {"same.mp4": 3}
 
@@ -125,7 +146,7 @@ with VideoWriter("a.mp4") as writer:
 os.kill(stopped, signal.SIGKILL)
 print("done")
 """
-    command = [sys.executable, "-c", PROGRAM + program]
+    command = [sys.executable, "-c", INTERPRETER + PROGRAM + program]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, "done\n")
     assert result.stderr.startswith("error: writing a.mp4 failed: ") and result.stderr.count("\n") == 1
@@ -141,9 +162,10 @@ with SegmentedVideoWriter("a.mp4", segment_seconds=0.5) as writer:
     tell("ready")
     time.sleep(100)
 """
-    process, _ = start(program, tmp_path)
-    process.kill()
-    process.communicate()
+    with ForkedProgram(program, tmp_path) as process:
+        process.wait_until(lambda: process.stdout)
+        process.popen.kill()
+        process.popen.wait()
     pieces = {name: frames for name, frames in contents(tmp_path).items() if not name.startswith(".")}
     assert pieces == {"a-00000.mp4": 8, "a-00001.mp4": 8}
 
@@ -168,7 +190,7 @@ for moment in range(70):
         signal.setitimer(signal.ITIMER_REAL, 0)
 tell("done")
 """
-    command = [sys.executable, "-c", PROGRAM + program]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    with ForkedProgram(program, tmp_path) as process:
+        result = process.wait(100)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     assert not list(tmp_path.iterdir())

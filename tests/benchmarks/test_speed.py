@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -57,12 +58,14 @@ def test_speed(tmp_path, capsys, monkeypatch):
         assert Image.open(tmp_path / name).size[0] > 500
 
 
-def test_memory(tmp_path, capsys):
+def test_memory(tmp_path, capsys, monkeypatch):
+    demo = GEOMETRIES["demo"]
+    monkeypatch.setitem(GEOMETRIES, "demo", replace(small_demo(demo), transformer=demo.transformer))
     flags = ["--settings", "bf16", "bf16+offload", "low", "--repeats=1", "--num_frames=6"]
     assert run(memory.main, [*flags, f"--output_folder={tmp_path}"]) == 0
     results = read_json(tmp_path / "memory.json")["settings"]
     whole, offloaded, low = (results[name]["bytes"] for name in ("bf16", "bf16+offload", "low"))
-    assert whole["cache"] == 2 * 6 * 6 * 64 * 128 * 4  # keys and values, layers, frames, tokens, dim, float32
+    assert whole["cache"] == 2 * 6 * 6 * 16 * 128 * 4  # keys and values, layers, frames, tokens, dim, float32
     assert low["cache"] < offloaded["cache"] == whole["cache"] // 2  # a layer that stays, two in transit
     assert low["transformer"] < whole["transformer"] / 2 and low["text encoder"] < whole["text encoder"]
     printed = capsys.readouterr().out

@@ -92,7 +92,16 @@ def test_it_starts_as_a_linear_map_of_the_latents():
 
 def test_the_program_writes_a_file_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny_vae, "GENERATED_FRAMES", 3)
-    arguments = "--drawn=2 --generated=1 --decoder_steps=2 --encoder_steps=2 --samples=1 --batch=6".split()
+    monkeypatch.setattr(tiny_vae, "SIZE", 64)
+    generate, generated = tiny_vae.generated_clips, []
+
+    def generate_once(*arguments) -> tiny_vae.Clips:
+        if not generated:
+            generated.append(generate(*arguments))
+        return generated[0]
+
+    monkeypatch.setattr(tiny_vae, "generated_clips", generate_once)
+    arguments = "--drawn=1 --generated=1 --decoder_steps=2 --encoder_steps=2 --samples=1 --batch=6".split()
     tiny_vae.main([*arguments, f"--output={tmp_path / 'taew2_1.pth'}"])
     assert "dB" in capsys.readouterr().out
     state = torch.load(tmp_path / "taew2_1.pth", weights_only=True)

@@ -9,8 +9,10 @@ from conftest import GOLDEN, ROOT
 sys.path.insert(0, str(ROOT / "example/demo_model"))
 import export
 import generator
+import score
 import train
 import vae
+import world
 from inferix.checkpoints.containers import load_checkpoint
 from inferix.models.base_model import WanCheckpoint
 from inferix.models.scheduler import FlowMatchScheduler
@@ -116,6 +118,8 @@ def test_a_switched_window_goes_on_with_the_new_prompts_video(seed):
 def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     for name, frames in (("NUM_FRAMES", 6), ("WINDOW", 6), ("PERIOD", 2)):
         monkeypatch.setattr(generator, name, frames)
+    for module in (world, score):
+        monkeypatch.setattr(module, "SIZE", 64)
     monkeypatch.setattr(train, "SCENES", SCENES[:1])
     monkeypatch.setattr(train, "STARTS", STARTS[:1])
     monkeypatch.setattr(train, "train_on_images", lambda *arguments: None)
@@ -128,6 +132,6 @@ def test_training_runs_and_resumes(tmp_path, monkeypatch, capsys):
     for file in (export.SELF_FORCING, export.CAUSVID, f"{export.BASE}/config.json"):
         assert (tmp_path / "demo" / file).exists()
     capsys.readouterr()
-    monkeypatch.setattr(train.Trainer, "report", lambda *arguments: None)  # the same videos again, decoded for seconds
+    monkeypatch.setattr(train.Trainer, "report", lambda *arguments: None)  # the same videos again
     train.main([*arguments, "--resume"])
     assert capsys.readouterr().out.count("taken from") == 6
