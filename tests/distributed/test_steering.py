@@ -1,7 +1,5 @@
 """Prompts that change on the way, blended and not, over ranks and with positions relative to the window: as one rank has it."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from forks import run_ranks
@@ -20,15 +18,10 @@ STEERED = [
 """The prompt of each block, of which the window holds three."""
 
 
-def latents_in_place_of_frames(pipeline) -> Callable:
-    """Return a stream's blocks as latents: decoding takes longer than all the rest."""
+def steered(pipeline, prompts: list[str] = STEERED) -> dict[str, torch.Tensor]:
+    """Return the latents of a clip with these prompts, a block each; decoding would take longer than all the rest."""
     pipeline.pipeline.vae.streaming_decoder = lambda: lambda latents: latents
-    return pipeline.stream
-
-
-def steered(pipeline) -> dict[str, torch.Tensor]:
-    stream = latents_in_place_of_frames(pipeline)
-    blocks = stream(([prompt] for prompt in STEERED), 15, torch.Generator().manual_seed(31))
+    blocks = pipeline.stream(([prompt] for prompt in prompts), 15, torch.Generator().manual_seed(31))
     return {"latents": torch.cat(list(blocks), dim=1)}
 
 
@@ -54,8 +47,7 @@ def test_like_one_rank(alone, sizes):
 def test_every_prompt_changes_the_video(alone):
     pipeline = long_live("longlive_infinite", (1, 1), "auto")
     for number in range(1, len(STEERED)):
-        stream = latents_in_place_of_frames(pipeline)
         prompts = STEERED[:number] + [STEERED[number - 1]] * (len(STEERED) - number)
-        blocks = list(stream(([prompt] for prompt in prompts), 15, torch.Generator().manual_seed(31)))
-        same = [torch.allclose(block, alone[:, 3 * i : 3 * i + 3], atol=1e-3) for i, block in enumerate(blocks)]
+        blocks = zip(steered(pipeline, prompts)["latents"].split(3, dim=1), alone.split(3, dim=1))
+        same = [torch.allclose(block, steered_block, atol=1e-3) for block, steered_block in blocks]
         assert same[:number] == [True] * number and (STEERED[number] == STEERED[number - 1] or not same[number])

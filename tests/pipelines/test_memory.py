@@ -111,8 +111,10 @@ M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 """Parameters of glibc's mallopt (malloc.h)."""
 
 
-def peaks_of_a_stream(pipeline: SelfForcingPipeline | CausVidPipeline, *prompts: object, **length: int) -> list[int]:
-    """Return the peak of this process, in bytes, when the window is full and at the end of a video of 20 blocks."""
+def peaks_of_a_stream(
+    num_blocks: int, pipeline: SelfForcingPipeline | CausVidPipeline, *prompts: object, **length: int
+) -> list[int]:
+    """Return the peak of this process, in bytes, when the window is full and at the video's 20th block of ``num_blocks``."""
     pipeline.setup_devices()
     peaks, generator = [], torch.Generator().manual_seed(0)
     for number, _ in enumerate(pipeline.stream(*prompts, **length, generator=generator), start=1):
@@ -121,7 +123,7 @@ def peaks_of_a_stream(pipeline: SelfForcingPipeline | CausVidPipeline, *prompts:
         if number in (6, 20):
             lines = Path("/proc/self/status").read_text().splitlines()
             peaks += [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    assert number >= 20
+    assert number == num_blocks
     return peaks
 
 
@@ -131,10 +133,10 @@ def stream(config: Path, causvid_config: Path) -> list[list[int]]:
     assert libc.mallopt(M_MMAP_THRESHOLD, 65536) and libc.mallopt(M_ARENA_MAX, 2)  # freed memory goes back at once
     self_forcing = SelfForcingPipeline(config, wan_base_model_path=BASE, device="cpu")
     self_forcing.load_checkpoint(SELF_FORCING, use_ema=True)
-    peaks = [peaks_of_a_stream(self_forcing, ["A cat"], num_output_frames=60)]
+    peaks = [peaks_of_a_stream(20, self_forcing, ["A cat"], num_output_frames=60)]
     causvid = CausVidPipeline(causvid_config, wan_base_model_path=BASE, device="cpu")
     causvid.load_checkpoint(CAUSVID)
-    return [*peaks, peaks_of_a_stream(causvid, "A cat", num_rollout=10, num_frames=9)]
+    return [*peaks, peaks_of_a_stream(21, causvid, "A cat", num_rollout=10, num_frames=9)]
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
