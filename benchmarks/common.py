@@ -167,7 +167,7 @@ def block_functions(pipeline: CausalInferencePipeline, embeds: Tensor) -> Iterat
     shape = pipeline.config.image_or_video_shape
     plan = pipeline.plan(shape, 0, shape[1])
     kv_cache = pipeline.new_cache(plan)
-    pipeline.generator.set_prompt(embeds)
+    pipeline.generator.set_prompt(embeds, kv_cache)
     for start, size in plan.blocks():
         rotary_emb = pipeline.set_positions(range(start, start + size), plan, kv_cache)
         noise = pipeline.randn((shape[0], size, *shape[2:]), None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ftfy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
@@ -19,8 +20,12 @@ from inferix.checkpoints.files import (
     load_strict,
 )
 from inferix.errors import InputError, input_errors
+from inferix.runtime.cuda_graphs import CUDAGraphs
 from inferix.runtime.on_demand import OnDemandOffload
+from inferix.runtime.staging import move
 
+LENGTH_STEP = 64
+"""Prompts are computed in a multiple of so many tokens: few CUDA graphs serve all lengths."""
 RENAMES = {
     r"^token_embedding\.": "shared.",
     r"^norm\.": "encoder.final_layer_norm.",
@@ -102,6 +107,7 @@ class TextEncoder:
         self.text_len = text_len
         self.device = torch.device("cpu")
         self.offloads: list[OnDemandOffload] = []
+        self.graphs: CUDAGraphs | None = None
         self.version = 0
         """Increased whenever the weights may have changed: embeddings cached under another version are out of date."""
 
@@ -126,10 +132,11 @@ class TextEncoder:
         self.version += 1
         for offload in self.offloads:
             offload.remove()
-        self.model.to("cpu" if on_demand else device, dtype)
+        move(self.model, torch.device("cpu") if on_demand else device, dtype)
         if on_demand:
             self.model.encoder.final_layer_norm.to(device)
         self.offloads = [OnDemandOffload(block, device) for block in self.model.encoder.block] if on_demand else []
+        self.graphs = CUDAGraphs() if device.type == "cuda" and not on_demand else None
         return self
 
     def blocks(self) -> Iterator[nn.Module]:
@@ -139,6 +146,8 @@ class TextEncoder:
             home = next(block.parameters()).device
             yield block.to(self.device)
             block.to(home)
+        if self.graphs is not None:
+            self.graphs = CUDAGraphs()
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of ``prompt`` that the tokenizer has no token for."""
@@ -161,7 +170,16 @@ class TextEncoder:
     def __call__(self, prompts: list[str]) -> Tensor:
         """Return embeddings [B, text_len, text_dim]."""
         ids, mask = self.tokenize(prompts)
-        table, mask = self.model.shared.weight, mask.to(self.device)
-        words = torch.nn.functional.embedding(ids.to(table.device), table).to(self.device)
+        length = -(-int(mask.sum(1).max()) // LENGTH_STEP) * LENGTH_STEP  # the rest is padding, which nothing sees
+        ids, mask = ids[:, :length], mask[:, :length]
+        table = self.model.shared.weight
+        words = F.embedding(ids.to(table.device), table).to(self.device)
+        inputs = words, mask.to(self.device)
+        embeds = (
+            self._encode(*inputs) if self.graphs is None else self.graphs(ids.shape, ids.shape, self._encode, *inputs)
+        )
+        return F.pad(embeds, (0, 0, 0, self.text_len - embeds.shape[1]))
+
+    def _encode(self, words: Tensor, mask: Tensor) -> Tensor:
         embeds = self.model(inputs_embeds=words, attention_mask=mask).last_hidden_state
         return embeds * mask[..., None].to(embeds.dtype)

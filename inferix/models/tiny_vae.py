@@ -7,7 +7,8 @@ Latents are [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, 
 from inferix.errors import InputError
 from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import VAE
-from inferix.models.vae_decoder import compiled_on_gpu, conv3d, frozen, rows
+from inferix.models.vae_decoder import conv3d, frozen
 
 FRAMES_PER_LATENT = 4
 LATENT_CHANNELS = 16
@@ -139,6 +140,33 @@ class TAEHV(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, F, 16, h, w] to pixels [B, T, 3, 8h, 8w] around [0, 1], not clamped."""
         return self.decoder(latents)[:, FRAMES_PER_LATENT - 1 :]
+
+
+def as_base(tensor: Tensor) -> Tensor:
+    """Return a tensor on the same memory that is not a view: of views, each base shape would be compiled anew.
+
+    Parameters are returned as they are, so that the compiler takes their shape, the channels, as fixed.
+    """
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.data
+
+
+def compiled_on_gpu(function: Callable) -> Callable:
+    """Compile ``function`` for calls whose first argument is on a GPU; on a CPU there may be no C++ compiler.
+
+    With dynamic shapes: one kernel serves every resolution and length.
+    """
+    compiled = cache(lambda: torch.compile(function, dynamic=True))
+
+    @wraps(function)
+    def call(*tensors: Tensor) -> Any:
+        return compiled()(*map(as_base, tensors)) if tensors[0].is_cuda else function(*tensors)
+
+    return call
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] as [B, N, C]; a slice in time stays a view of the larger tensor."""
+    return x.flatten(1, 3)
 
 
 @compiled_on_gpu

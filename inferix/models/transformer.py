@@ -61,31 +61,43 @@ class TransformerBlock(nn.Module):
         Returns:
             [B, F, S, D].
         """
-        modulation = (self.scale_shift_table + temb).float().split(1, dim=2)
-        shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = modulation
+        query, key, value = self.project_qkv(hidden_states, temb, rotary_emb, qkv_buffers)
+        attn_output = self_attention(query, key, value, qkv_buffers.key_unrotated)  # not compiled
+        if self_attention.only_cache:
+            return hidden_states
+        return self.finish(hidden_states, attn_output, temb, encoder_kv)
 
-        # 1. Self-attention
+    def project_qkv(
+        self, hidden_states: Tensor, temb: Tensor, rotary_emb: RotaryEmb, qkv_buffers: QKVBuffers
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the self-attention's queries, keys and values, in ``qkv_buffers`` as far as they are wanted there."""
+        shift_msa, scale_msa, *_ = self.modulation(temb)
         norm_hidden_states = (self.norm1(hidden_states) * (1 + scale_msa) + shift_msa).to(hidden_states.dtype)
         query, key, value = self.attn1.query_key_value(norm_hidden_states)
         if qkv_buffers.key_unrotated is not None:
             qkv_buffers.key_unrotated.copy_(key)
         query = write(qkv_buffers.query, apply_rope(query, rotary_emb))
         key = write(qkv_buffers.key, apply_rope(key, rotary_emb))
-        value = value if qkv_buffers.value is None else write(qkv_buffers.value, value)
-        attn_output = self_attention(query, key, value, qkv_buffers.key_unrotated)  # not compiled
-        if self_attention.only_cache:
-            return hidden_states
+        return query, key, value if qkv_buffers.value is None else write(qkv_buffers.value, value)
+
+    def finish(
+        self, hidden_states: Tensor, attn_output: Tensor, temb: Tensor, encoder_kv: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the layer's output, given the self-attention's, which is not projected yet."""
+        _, _, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = self.modulation(temb)
         attn_output = self.attn1.to_out[0](attn_output.flatten(2))
         hidden_states = (hidden_states + attn_output.view_as(hidden_states) * gate_msa).to(hidden_states.dtype)
 
-        # 2. Cross-attention
         query = self.attn2.query(self.norm2(hidden_states).to(hidden_states.dtype))
         attn_output = self.attn2.to_out[0](attention(query, *encoder_kv))
         hidden_states = hidden_states + attn_output.view_as(hidden_states)
 
-        # 3. Feed-forward
         norm_hidden_states = (self.norm3(hidden_states) * (1 + c_scale_msa) + c_shift_msa).to(hidden_states.dtype)
         return (hidden_states + self.ffn(norm_hidden_states) * c_gate_msa).to(hidden_states.dtype)
+
+    def modulation(self, temb: Tensor) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of the self-attention, then of the feed-forward [B, F or 1, 1, D], float32."""
+        return (self.scale_shift_table + temb).float().split(1, dim=2)
 
 
 def write(buffer: Tensor, tensor: Tensor) -> Tensor:
@@ -193,10 +205,13 @@ class CausalWanTransformer(nn.Module):
         return hidden_states
 
     def compile_repeated_blocks(self) -> None:
-        """Compile the blocks, one code for all of them, and the output projection. A second call does nothing."""
-        from inferix.runtime.inductor import compile_forward  # takes seconds to import
+        """Compile what a block computes before and after its self-attention, one code for all blocks, and the output projection.
 
-        compile_forward(self.blocks)
+        A second call does nothing.
+        """
+        from inferix.runtime.inductor import compile_methods  # takes seconds to import
+
+        compile_methods(self.blocks, "project_qkv", "finish")
         if "project_out" not in vars(self):
             self.project_out = torch.compile(self.project_out, dynamic=False)  # type: ignore[method-assign]
 

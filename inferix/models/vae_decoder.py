@@ -13,7 +13,7 @@ Shapes: B batch, T frames, H x W pixels and C channels at the layer's place.
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,69 +27,60 @@ EPSILON = 1e-24
 """Keeps the norm of an all-zero row from dividing by zero; too small to change any other."""
 
 
-def as_base(tensor: Tensor) -> Tensor:
-    """Return a tensor on the same memory that is not a view: of views, each base shape would be compiled anew.
-
-    Parameters are returned as they are, so that the compiler takes their shape, the channels, as fixed.
-    """
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.data
-
-
-def compiled_on_gpu(function: Callable) -> Callable:
-    """Compile ``function`` for calls whose first argument is on a GPU; on a CPU there may be no C++ compiler.
-
-    With dynamic shapes: one kernel serves every resolution and length.
-    """
-    compiled = cache(lambda: torch.compile(function, dynamic=True))
+def kernel_on_gpu(function: Callable) -> Callable:
+    """Call the Triton kernel of the same name in ``vae_kernels`` where the first argument is on a GPU."""
 
     @wraps(function)
-    def call(*tensors: Tensor) -> Any:
-        return compiled()(*map(as_base, tensors)) if tensors[0].is_cuda else function(*tensors)
+    def call(*args: Any) -> Any:
+        if not args[0].is_cuda:
+            return function(*args)
+        from inferix.models import vae_kernels  # needs Triton, which machines without a GPU may lack
+
+        return getattr(vae_kernels, function.__name__)(*args)
 
     return call
 
 
-@compiled_on_gpu
-def norm_silu(x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """Write SiLU(RMS norm(x + bias) * gamma) to ``out``; x and out [B, N, C]."""
+@kernel_on_gpu
+def norm_silu(x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor, epsilon: float) -> None:
+    """Write SiLU(RMS norm(x + bias) * gamma) to ``out``; x and out [B, T, H, W, C]."""
     x = x.float() + bias.float()
-    out.copy_(F.silu(F.rms_norm(x, gamma.shape, gamma.float(), EPSILON)))
+    out.copy_(F.silu(F.rms_norm(x, gamma.shape, gamma.float(), epsilon)))
 
 
-@compiled_on_gpu
-def add_norm_silu(residual: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
-    """Return residual + x + bias and write its norm to ``out``, as ``norm_silu`` does; all [B, N, C]."""
+@kernel_on_gpu
+def add_norm_silu(residual: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor, epsilon: float) -> Tensor:
+    """Return residual + x + bias and write its norm to ``out``, as ``norm_silu`` does; all [B, T, H, W, C]."""
     total = residual.float() + (x.float() + bias.float())
-    out.copy_(F.silu(F.rms_norm(total, gamma.shape, gamma.float(), EPSILON)))
+    out.copy_(F.silu(F.rms_norm(total, gamma.shape, gamma.float(), epsilon)))
     return total.to(x.dtype)
 
 
-@compiled_on_gpu
+@kernel_on_gpu
 def add(residual: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """Return residual + x + bias; residual and x [B, T, H, W, C]."""
     return (residual.float() + (x.float() + bias.float())).to(x.dtype)
 
 
-@compiled_on_gpu
-def add_bias(x: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Write x + bias to ``out``, whatever their strides."""
-    out.copy_(x + bias)
+@kernel_on_gpu
+def unshuffle_add(groups: Tensor, bias: Tensor) -> Tensor:
+    """Return pixels + bias [N, 2*H, 2*W, C] of groups [N, H+1, W+1, 2, 2, C].
+
+    Pixel (a, b) of the 2x2 group (y, x) stands at (y + a, x + b, a, b).
+    """
+    frames, height, width, *_, channels = groups.shape
+    frame, row, column = groups.stride()[:3]
+    shape = (frames, height - 1, 2, width - 1, 2, channels)
+    pixels = groups.as_strided(shape, (frame, row, row + 2 * channels, column, column + channels, 1))
+    return (pixels + bias).flatten(3, 4).flatten(1, 2)
 
 
-@compiled_on_gpu
+@kernel_on_gpu
 def to_pixels(taps: Tensor, bias: Tensor) -> Tensor:
     """Sum what three consecutive frames add to the last of them: [B, 2+T, H, W, 9 or more] to [B, T, 3, H, W] in [0, 1]."""
     oldest, middle, newest = taps[:, :-2, ..., 0:3], taps[:, 1:-1, ..., 3:6], taps[:, 2:, ..., 6:9]
     pixels = oldest.float() + middle.float() + newest.float() + bias.float()
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 4, 2, 3).contiguous()
-
-
-def rows(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """[B, T, H, W, C] as [B, N, C]; where ``like`` is a slice in height of several frames, as [B, T, N, C].
-
-    A slice in time, or ``like`` itself, stays a view of the larger tensor.
-    """
-    sliced = like is not None and like.shape[1] > 1 and like.stride(1) > like.shape[2] * like.stride(2)
-    return x.flatten(2 if sliced else 1, 3)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -150,10 +141,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
         """Fill ``out`` and return the sum; all [B, T, H, W, C]."""
         if residual is None:
-            norm_silu(rows(x, out), self.bias, self.gamma, rows(out, out))
+            norm_silu(x, self.bias, self.gamma, out, EPSILON)
             return x
-        total = add_norm_silu(rows(residual, out), rows(x, out), self.bias, self.gamma, rows(out, out))
-        return total.view_as(x)
+        return add_norm_silu(residual, x, self.bias, self.gamma, out, EPSILON)
 
 
 class ResidualBlock(nn.Module):
@@ -198,7 +188,7 @@ class Attention(nn.Module):
         self.proj, self.proj_bias = frozen(source.proj.weight.flatten(1)), frozen(source.proj.bias)
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
-        x = add(rows(residual), rows(x), self.bias).view_as(x)
+        x = add(residual, x, self.bias)
         normed = F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), EPSILON).to(x.dtype)
         channels = x.shape[-1]
         query, key_value = F.linear(normed, self.qkv, self.qkv_bias).split([channels, 2 * channels], dim=-1)
@@ -230,7 +220,7 @@ class Upsample(nn.Module):
         self.conv_bias = frozen(conv.bias)
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
-        x = add(rows(residual), rows(x), self.bias).view_as(x)
+        x = add(residual, x, self.bias)
         if self.time_conv is not None:
             if not feat_cache.first:
                 x = self.double_frames(self.time_conv, x, feat_cache)
@@ -248,21 +238,14 @@ class Upsample(nn.Module):
 
     def enlarge(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         """[B, T, H, W, C] to [B, T, 2*H, 2*W, C']."""
-        batch, time, height, width, _ = x.shape
-        channels = len(self.conv_bias)
         frames = x
         if feat_cache.row_parallel is not None:
             frames, new = feat_cache.halo_buffer(x)
             new.copy_(x)
             feat_cache.fill_halos(frames)
         groups = conv2d(frames, self.weight, feat_cache).contiguous()
-        # [B*T, H+1, W+1, 2, 2, C']: pixel (a, b) of the 2x2 group (y, x) was computed at (y + a, x + b)
-        frame, row, column = groups.stride()[:3]
-        shape = (batch * time, height, 2, width, 2, channels)
-        pixels = groups.as_strided(shape, (frame, row, row + 2 * channels, column, column + channels, 1))
-        out = x.new_empty(batch, time, 2 * height, 2 * width, channels)
-        add_bias(pixels, self.conv_bias, out.view(shape))
-        return out
+        groups = groups.unflatten(-1, (2, 2, -1))  # [B*T, H+1, W+1, 2, 2, C']
+        return unshuffle_add(groups, self.conv_bias).unflatten(0, x.shape[:2])
 
 
 class Head(nn.Module):

@@ -29,6 +29,7 @@ from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
 from inferix.runtime.memory import num_bytes, use_expandable_segments
+from inferix.runtime.staging import move
 from inferix.runtime.startup import STARTUP
 
 
@@ -113,7 +114,10 @@ class CausalInferencePipeline:
         with ThreadPoolExecutor(1) as copies:  # beside the imports of the compiler, which take as long
             if self.text_encoder is not None:
                 copied = copies.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory)
-            self.generator.model.to(None if low_memory else self.device, self.dtype)
+            if low_memory:
+                self.generator.model.to(self.dtype)
+            else:
+                move(self.generator.model, self.device, self.dtype)
             if self.vae is not None:
                 self.vae.to(self.device, self.dtype)
                 self.vae.low_memory = low_memory
@@ -205,13 +209,20 @@ class CausalInferencePipeline:
         context = self.workers.broadcast(context, (plan.batch, plan.num_context_frames, *plan.latent_shape))
         history: deque[Tensor] = deque(maxlen=-(-kv_cache.window.num_frames // plan.block_size) + 1)
         prompts, current = self.workers.prompts(embeds), None
+        rotary_emb: RotaryEmb | None = None
         for start, size in plan.blocks():
             prompt = next(prompts, None)
             if prompt is None:
                 return
-            if prompt is not current:
-                self.switch_prompt(prompt, history, start, plan, kv_cache)
+            is_new = prompt is not current
+            recache = is_new and start > 0 and (prompt.switch or self.config.prompt_switch) == "recache"
+            if rotary_emb is not None and not recache:  # cache the last block clean
+                self.generator.predict_flow(history[-1], self.config.context_noise, rotary_emb, kv_cache)
+            if is_new:
+                self.generator.set_prompt(prompt.embeds, kv_cache)
                 current = prompt
+            if recache:
+                self.run_window(torch.cat(list(history), dim=1), start, plan, kv_cache)
             if start == 0:
                 self.capture_ahead(plan, kv_cache)
             rotary_emb = self.set_positions(range(start, start + size), plan, kv_cache)
@@ -221,17 +232,16 @@ class CausalInferencePipeline:
                 steps = self.generator.first_chunk_steps if start == plan.num_context_frames else self.generator.steps
                 drawn = self.block_noise(noise, start, size, plan, generator)
                 block = self.denoise_block(drawn, steps, rotary_emb, kv_cache, generator)
+            history.append(block)
             yield block
             if start + size == plan.num_frames or not self.workers.next_block():
                 return
-            self.generator.predict_flow(block, self.config.context_noise, rotary_emb, kv_cache)
-            history.append(block)
 
     def capture_ahead(self, plan: ClipPlan, kv_cache: KVCache) -> None:
         """Compile and capture what the clip will need, before its first block, so that no later block waits for it."""
         if kv_cache.graphs is None or plan in kv_cache.prepared_plans:
             return
-        if self.is_main_process and not kv_cache.graphs.graphs:
+        if self.is_main_process and not kv_cache.prepared_plans:
             tqdm.write("compiling for this GPU: 10 to 40 s, less where it was done before", file=sys.stderr)
         window = kv_cache.window
         for start, size in islice(plan.blocks(), 2 * -(-window.num_frames // plan.block_size)):
@@ -289,22 +299,12 @@ class CausalInferencePipeline:
             )
         return model.rotary_emb(frames, *size)
 
-    def switch_prompt(
-        self, prompt: PromptEmbeds, history: Sequence[Tensor], start: int, plan: ClipPlan, kv_cache: KVCache
-    ) -> None:
-        """Take a new prompt from the block at frame ``start`` on.
-
-        The clean latents in the window are run once more, in one forward, so that the cache holds what the new prompt makes
-        of them (LongLive, arXiv 2509.22622). With ``cross_attention`` only the prompt's own keys and values change. With
-        ``global_sink`` the sink frames keep theirs once the window has rolled.
-        """
-        self.generator.set_prompt(prompt.embeds)
-        if start == 0 or (prompt.switch or self.config.prompt_switch) == "cross_attention":
-            return
-        self.run_window(torch.cat(list(history), dim=1), start, plan, kv_cache)
-
     def run_window(self, latents: Tensor, start: int, plan: ClipPlan, kv_cache: KVCache) -> None:
-        """Cache the last of the clean ``latents`` [B, F, C, h, w] anew, those in the window before ``start``, without a graph."""
+        """Cache the frames in the window before frame ``start`` anew, the last of the clean ``latents`` [B, F, C, h, w].
+
+        In one forward, not from a graph, so that the cache holds what a new prompt makes of them (LongLive,
+        arXiv 2509.22622). With ``global_sink`` the sink frames keep theirs once the window has rolled.
+        """
         rolled, first = start > kv_cache.window.num_frames, max(0, start - kv_cache.window.num_frames)
         if rolled and self.config.global_sink:
             first += kv_cache.window.sink_size

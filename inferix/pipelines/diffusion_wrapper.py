@@ -23,15 +23,24 @@ class WanDiffusionWrapper:
         self.encoder_kv: list[tuple[Tensor, Tensor]] = []
         """Every layer's cross-attention keys and values [B, L, H, d], always in the same memory."""
 
-    def set_prompt(self, prompt_embeds: Tensor) -> None:
-        """Compute the cross-attention keys and values of embeddings [B, L, text_dim]."""
-        new = self.model.embed_text(prompt_embeds)
-        if not self.encoder_kv or self.encoder_kv[0][0].shape != new[0][0].shape:
-            self.encoder_kv = new
-            return
-        for old_layer, new_layer in zip(self.encoder_kv, new):
-            for old, tensor in zip(old_layer, new_layer):
-                old.copy_(tensor)
+    def set_prompt(self, prompt_embeds: Tensor, kv_cache: KVCache) -> None:
+        """Compute the cross-attention keys and values of embeddings [B, L, text_dim].
+
+        On a GPU all prompts but the first are computed by a CUDA graph, which belongs to ``kv_cache``.
+        """
+        if not self.encoder_kv or self.encoder_kv[0][0].shape[:2] != prompt_embeds.shape[:2]:
+            self.encoder_kv = self.model.embed_text(prompt_embeds)
+        elif kv_cache.graphs is None:
+            self._store_prompt(prompt_embeds)
+        else:
+            key = ("prompt", self.encoder_kv[0][0].data_ptr())
+            kv_cache.graphs(key, key, self._store_prompt, prompt_embeds)
+
+    def _store_prompt(self, prompt_embeds: Tensor) -> Tensor:
+        for old_layer, new_layer in zip(self.encoder_kv, self.model.embed_text(prompt_embeds)):
+            for old, new in zip(old_layer, new_layer):
+                old.copy_(new)
+        return prompt_embeds
 
     def predict_flow(self, latents: Tensor, timestep: float, rotary_emb: RotaryEmb, kv_cache: KVCache) -> Tensor:
         """Return the flow of latents [B, F, C, h, w] that are all at ``timestep``; valid until the next call.

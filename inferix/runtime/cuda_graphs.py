@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inferix.distributed.context_parallel import GRAPHS
-from inferix.runtime.fusion import data_ptrs
 
 
 class CUDAGraphs:
@@ -83,5 +82,11 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def signature(model: nn.Module) -> tuple:
     """Return what a captured forward of ``model`` depends on besides its inputs: its weights' memory and its settings."""
-    settings = tuple((getattr(m, "qconfig", None), id(getattr(m, "process_group", None))) for m in model.modules())
-    return tuple(data_ptrs([model])), settings
+    return tuple(
+        (
+            *(tensor.data_ptr() for tensor in (*m._parameters.values(), *m._buffers.values()) if tensor is not None),
+            vars(m).get("qconfig"),  # a module without one would search its weights for it
+            id(vars(m).get("process_group")),
+        )
+        for m in model.modules()
+    )

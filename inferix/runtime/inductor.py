@@ -53,12 +53,13 @@ def backend() -> str | Callable:
     return "inductor"
 
 
-def compile_forward(modules: Iterable[nn.Module]) -> None:
-    """Compile ``forward`` of modules of one class: the first call compiles, the others find its code. Idempotent.
+def compile_methods(modules: Iterable[nn.Module], *names: str) -> None:
+    """Compile methods of modules of one class: the first call compiles, the others find its code. Idempotent.
 
     Shapes are static at first; what is called with others is compiled once more, for any shape.
     """
     chosen = backend()
     for module in modules:
-        if "forward" not in vars(module):
-            module.forward = torch.compile(module.forward, backend=chosen)
+        for name in names:
+            if name not in vars(module):
+                setattr(module, name, torch.compile(getattr(module, name), backend=chosen))

@@ -11,8 +11,7 @@ from torch import Tensor
 from inferix.errors import InputError
 from inferix.models import tiny_vae
 from inferix.models.clip_decoder import FeatCache
-from inferix.models.tiny_vae import TAEHV, TinyDecoder, TinyVAE
-from inferix.models.vae_decoder import as_base
+from inferix.models.tiny_vae import TAEHV, TinyDecoder, TinyVAE, as_base
 
 FILE = GOLDEN / "TAEHV/taew2_1.pth"
 CPU = torch.device("cpu")

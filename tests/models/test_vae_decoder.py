@@ -1,18 +1,19 @@
 """Our VAE decoder computes what diffusers' does, whole, in pieces, in any precision, for one clip after the other."""
 
 import gc
-import shutil
+import importlib.util
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from triton_targets import SHARED_MEMORY, compile_for
 
 from inferix.errors import InputError
 from inferix.models import vae_decoder
 from inferix.models.clip_decoder import FeatCache
 from inferix.models.vae import StreamingDecoder, WanVAE
-from inferix.models.vae_decoder import VAEDecoder, rows
+from inferix.models.vae_decoder import VAEDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -108,27 +109,71 @@ def test_another_vae_is_refused():
         WanVAE(AutoencoderKLWan(base_dim=8, is_residual=True))
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
-def test_compiled_functions_give_the_same():
-    """What a GPU runs compiled, compiled here; the output is a slice behind two other frames, and between other rows."""
-    compiled = {
-        name: torch.compile(getattr(vae_decoder, name).__wrapped__, dynamic=True)
-        for name in ("norm_silu", "add_norm_silu", "add", "add_bias", "to_pixels")
-    }
-    for time, channels, halo in ((3, 16, 0), (4, 32, 1)):
-        x, residual = torch.randn(2, 1, time, 4, 6, channels)
-        bias, gamma = torch.nn.Parameter(torch.randn(channels)), torch.nn.Parameter(torch.randn(channels))
-        outcomes = []
-        for functions in (compiled, vars(vae_decoder)):
-            frames = torch.zeros(2, 1, 2 + time, 4 + 2 * halo, 6, channels)
-            first, second = (out[:, 2:, halo : halo + 4] for out in frames)
-            turned = torch.empty(1, time, 6, 4, channels)
-            functions["norm_silu"](rows(x, first), bias, gamma, rows(first, first))
-            total = functions["add_norm_silu"](
-                rows(residual, second), rows(x, second), bias, gamma, rows(second, second)
-            )
-            functions["add_bias"](x.transpose(2, 3), bias, turned)
-            pixels = functions["to_pixels"](frames[0], bias[:3])
-            outcomes.append([frames, total, functions["add"](residual, x, bias), turned, pixels])
-        for one, other in zip(*outcomes):
-            assert_same(one, other)
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels for Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.find_spec("inferix.models.vae_kernels")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("batch", "time", "channels", "halo"), [(1, 3, 16, 0), (2, 4, 24, 1), (1, 1, 96, 0)])
+def test_the_kernels_compute_what_plain_torch_does(interpreted, batch, time, channels, halo):
+    """The output is a slice behind two other frames, and between other rows."""
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, batch, time, 4, 6, channels)
+    bias, gamma = torch.randn(2, channels)
+    outcomes = []
+    for functions in (interpreted, vae_decoder):
+        frames = torch.zeros(2, batch, 2 + time, 4 + 2 * halo, 6, channels)
+        first, second = (out[:, 2:, halo : halo + 4] for out in frames)
+        functions.norm_silu(x, bias, gamma, first, 1e-3)
+        total = functions.add_norm_silu(residual, x, bias, gamma, second, 1e-3)
+        pixels = functions.to_pixels(frames[0], bias[:3])
+        groups = functions.unshuffle_add(x.flatten(0, 1).unflatten(-1, (2, 2, -1)), bias[: channels // 4])
+        outcomes.append([frames, total, functions.add(residual, x, bias), groups, pixels])
+    for one, other in zip(*outcomes):
+        assert one.abs().sum() > 0
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("channels", [96, 384])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [*((capability, "*bf16") for capability in SHARED_MEMORY), (90, "*fp32")]
+)
+def test_the_kernels_fit_every_architecture(capability, dtype, channels, tmp_path, monkeypatch):
+    import triton
+
+    from inferix.models import vae_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    block = triton.next_power_of_2(channels)
+    tile = {"CHANNELS": channels, "CHANNEL_BLOCK": block, "BLOCK_ROWS": vae_kernels.TILE // block}
+    config = triton.Config({}, num_warps=4, num_stages=3)
+    for kernel, pointers, sizes, constants in (
+        (
+            vae_kernels.add_norm_silu_kernel,
+            ("x_ptr", "residual_ptr", "bias_ptr", "gamma_ptr", "total_ptr", "out_ptr"),
+            {"rows": "i32", "frames": "i32", "frame_rows": "i32"}
+            | {"out_batch_stride": "i64", "out_frame_stride": "i32", "epsilon": "fp32"},
+            tile | {"HAS_RESIDUAL": True, "HAS_NORM": True},
+        ),
+        (
+            vae_kernels.unshuffle_add_kernel,
+            ("groups_ptr", "bias_ptr", "out_ptr"),
+            {"rows": "i32", "height": "i32", "width": "i32"},
+            tile,
+        ),
+        (
+            vae_kernels.to_pixels_kernel,
+            ("taps_ptr", "bias_ptr", "out_ptr"),
+            {"frames": "i32", "frame_rows": "i32"},
+            {"TAPS": 16, "PIXELS": vae_kernels.PIXELS},
+        ),
+    ):
+        signature = dict.fromkeys(pointers, dtype) | sizes
+        signature["out_ptr"] = "*fp32" if kernel is vae_kernels.to_pixels_kernel else dtype
+        assert compile_for(capability, kernel, signature, constants, config) <= SHARED_MEMORY[capability]

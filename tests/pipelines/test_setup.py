@@ -71,10 +71,12 @@ def test_the_caches_dtype_may_be_set_before_the_devices(pipeline):
 def test_compiling_twice_compiles_once(pipeline):
     model = pipeline.transformer
     assert CausalWanTransformer.compile is nn.Module.compile
-    model.compile_repeated_blocks()
-    compiled = [block.forward for block in model.blocks], model.project_out
-    model.compile_repeated_blocks()
-    assert ([block.forward for block in model.blocks], model.project_out) == compiled
+    outcomes = []
+    for _ in range(2):
+        model.compile_repeated_blocks()
+        outcomes.append([model.project_out, *((block.project_qkv, block.finish) for block in model.blocks)])
+    assert outcomes[0] == outcomes[1]
+    assert all("project_qkv" in vars(block) and "finish" in vars(block) for block in model.blocks)
 
 
 def test_a_captured_graph_is_of_the_settings_that_it_was_captured_with():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import BASE
+from transformers import UMT5Config, UMT5EncoderModel
 
 from dax.quant.quantization import quantize_dynamic
 from dax.quant.quantization.qconfig import get_dynamic_fp8_per_token_act_per_channel_weight_qconfig
@@ -10,9 +12,11 @@ from inferix.config import PipelineConfig
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, attention_by_part, merge_partials, saturating_cast
 from inferix.models.config import TransformerConfig
+from inferix.models.text_encoder import TextEncoder, load_tokenizer
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
+from inferix.runtime.staging import CHUNK_BYTES, move
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -177,3 +181,46 @@ def test_norm_and_quantization_are_one_kernel():
         torch.compile(norm_quantize, backend=chosen, dynamic=False)(x)
         counts.append(metrics.generated_kernel_count)
     assert counts[0] == 1 <= counts[1]
+
+
+def test_text_embeddings_are_those_of_the_cpu():
+    """From CUDA graphs, one for prompts of up to 64 tokens; changed weights are captured anew."""
+    torch.manual_seed(0)
+    config = UMT5Config(
+        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    encoders = [TextEncoder(UMT5EncoderModel(config), load_tokenizer(BASE / "google/umt5-xxl"), 128) for _ in range(2)]
+    encoders[1].model.load_state_dict(encoders[0].model.state_dict())
+    encoders[0].to(CUDA, torch.float32)
+    batches = [["A red cat"], ["a blue dog that runs, " * 20], ["A red dog"], ["A cat", "another cat in the rain"]]
+
+    def compare():
+        for prompts in batches:
+            embeds, wanted = (encoder(prompts) for encoder in encoders)
+            assert embeds.shape == wanted.shape == (len(prompts), 128, 64)
+            torch.testing.assert_close(embeds.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+    compare()
+    compare()
+    assert len(encoders[0].graphs.graphs) == 3
+    for encoder in encoders:
+        for block in encoder.blocks():
+            block.layer[0].SelfAttention.q.weight.mul_(1.5)
+    compare()
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+def test_weights_are_moved_as_by_to(source):
+    """Larger than both buffers together, transposed, tiny, whole numbers, and one that two names share."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.large = torch.nn.Parameter(torch.randn(3 * CHUNK_BYTES // 4 + 5, dtype=source), requires_grad=False)
+    model.turned = torch.nn.Parameter(torch.randn(1024, 2048, dtype=source).t(), requires_grad=False)
+    model.tiny, model.shared = torch.nn.Linear(3, 2, dtype=source).requires_grad_(False), model.large
+    model.register_buffer("numbers", torch.randint(0, 99, (CHUNK_BYTES,)))
+    wanted = {name: tensor.to(CUDA, torch.bfloat16) for name, tensor in model.named_parameters()}
+    numbers = model.numbers.clone()
+    move(model, CUDA, torch.bfloat16)
+    assert model.shared is model.large and torch.equal(model.numbers.cpu(), numbers)
+    for name, tensor in model.named_parameters():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, wanted[name]), name
