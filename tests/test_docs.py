@@ -67,11 +67,13 @@ class Command(NamedTuple):
 
 
 def blocks(language: str) -> list[Block]:
-    found = []
+    found, fence = [], re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     for page in PAGES:
-        for text, kind, code in re.findall(r"(.*?)^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
-            intro = re.split(r"^#+ .*$", text, flags=re.MULTILINE)[-1]
-            found += [Block(str(page.relative_to(ROOT)), code, intro)] if kind == language else []
+        text, end = page.read_text(), 0
+        for block in fence.finditer(text):
+            intro = re.split(r"^#+ .*$", text[end : block.start()], flags=re.MULTILINE)[-1]
+            found += [Block(str(page.relative_to(ROOT)), block[2], intro)] if block[1] == language else []
+            end = block.end()
     return found
 
 
