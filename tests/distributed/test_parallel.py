@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from forks import ForkedScript, python_command, run_ranks
 from golden_clips import golden_clips
 from safetensors.torch import load_file
-from scripts import SCRIPTS, assert_plays_in_a_browser, run, run_here, run_runner, self_forcing_env, written  # noqa: F401
+from scripts import SCRIPTS, assert_plays_in_a_browser, run_here, run_runner, self_forcing_env, written  # noqa: F401
 
 import launch
 from inferix import InputError, ParallelConfig
@@ -97,7 +97,9 @@ def test_script(self_forcing_env, tmp_path):  # noqa: F811
     """Two processes started by the script write what one process writes, and one of them speaks."""
     env = self_forcing_env | {"PROMPT": "A cat; A dog", "ENABLE_KV_OFFLOAD": "1", "NO_QUANTIZE": "1"}
     env |= {"NUM_OUTPUT_FRAMES": "6"}
-    result = run("self_forcing_quantized.sh", env | {"NPROC": "2"}, tmp_path)
+    command = [SCRIPTS / "self_forcing_quantized.sh"]
+    with ForkedScript(command, env | {"NPROC": "2"}, cwd=tmp_path, num_ranks=2) as process:
+        result = process.wait(100)
     paths = written(result, tmp_path)
     assert result.stdout.count("seconds ") == 1 and result.stdout.count("file written") == 2
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
