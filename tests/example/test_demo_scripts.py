@@ -47,6 +47,7 @@ def written(result: subprocess.CompletedProcess, folder: Path) -> torch.Tensor:
 
 
 def test_self_forcing(project):
+    """In an interpreter of its own, which imports what the checkout holds."""
     result = run(project, "self_forcing")
     video = written(result, project)
     assert video.shape == (81, 3, 128, 128)
