@@ -40,12 +40,13 @@ def small_config(name: str, folder: Path, **changes: str) -> Path:
     return path
 
 
-QUICK_FOLDERS = ["checkpoints", "models", "runtime", "tests"]
+QUICK_FOLDERS = ["models", "checkpoints", "runtime"]
 
 
 def pytest_collection_modifyitems(items):
     """End with the quick files, so that no worker is left with a slow one; skip what needs a GPU."""
-    items.sort(key=lambda item: item.path.parent.name in QUICK_FOLDERS)
+    ranks = {folder: number for number, folder in enumerate(QUICK_FOLDERS, start=1)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, 0))
     import torch
 
     if not torch.cuda.is_available():

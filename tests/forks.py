@@ -11,12 +11,15 @@ import os
 import pickle
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
@@ -168,6 +171,77 @@ def run_program(args: list[str], env: dict[str, str]) -> None:
         runpy.run_path(args[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+class ForkedPython:
+    """A ``python3`` for PATH that runs its program as a fork, for what others start, such as Slurm.
+
+    The process that they start passes its signals on and ends as the fork does; when it is killed, so is the fork.
+
+    Args:
+        folder: where to write ``python3``, made here.
+        num_ranks: how many processes torchrun starts in a program.
+    """
+
+    CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+call = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(connection, [len(call).to_bytes(4, "big")], [0, 1, 2])
+connection.sendall(call)
+reply = connection.makefile()
+pid = int(reply.readline())
+def forward(number, frame):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has ended
+        pass
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, forward)
+code = int(reply.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+    def __init__(self, folder: Path, num_ranks: int):
+        self.folder, self.num_ranks, self.lock = folder, num_ranks, threading.Lock()
+        address = f"\0{uuid.uuid4().hex}"  # Linux's: no file
+        folder.mkdir()
+        (folder / "python3").write_text(self.CLIENT.format(python=sys.executable, address=address))
+        (folder / "python3").chmod(0o755)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self.run, args=(connection,), daemon=True).start()
+
+    def run(self, connection: socket.socket) -> None:
+        """Run a program for the process at the other end of ``connection``."""
+        with connection, connection.makefile("rb") as file, tempfile.TemporaryDirectory() as ranks:
+            size, numbers, *_ = socket.recv_fds(connection, 4, 3)
+            args, env, cwd = json.loads(file.read(int.from_bytes(size, "big")))
+            descriptors = [Descriptor(number) for number in numbers]
+            options = args, env, Path(cwd), descriptors, self.num_ranks, ranks
+            process = FORKSERVER.Process(target=run_script, args=options)
+            with self.lock:  # a start looks for what has ended, and of two threads that do one reads how
+                process.start()
+            for number in numbers:
+                os.close(number)
+            connection.sendall(b"%d\n" % process.pid)
+            wait([process.sentinel, connection])
+            with self.lock:
+                if process.exitcode is None:  # the other end is gone
+                    process.kill()
+                process.join()
+            with suppress(OSError):
+                connection.sendall(b"%d\n" % process.exitcode)
 
 
 class SpareRank(Popen):

@@ -76,7 +76,8 @@ class Process:
         """Return when ``condition()`` is true; fails when the process ends before that, or time is up."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.popen.poll() is None, f"ended with {self.popen.returncode}: {self.stdout}{self.stderr}"
+            code = self.popen.poll()
+            assert code is None, f"ended with {code}: {self.stdout}{self.stderr}"
             assert time.monotonic() < deadline, f"{seconds} s are over: {self.stdout}{self.stderr}"
             time.sleep(0.02)
 

@@ -35,7 +35,9 @@ def test_script_passes_flags_on(tmp_path):
 
 
 def test_speed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(GEOMETRIES, "demo", small_demo(GEOMETRIES["demo"]))
+    geometry = small_demo(GEOMETRIES["demo"])
+    config = replace(geometry.config, image_or_video_shape=(1, 21, 16, 4, 4))
+    monkeypatch.setitem(GEOMETRIES, "demo", replace(geometry, config=config))
     flags = ["--settings", "bf16", "fp8+fp8kv", "--repeats=1", "--num_frames=6", f"--output_folder={tmp_path}"]
     assert run(speed.main, flags) == 0
     printed = capsys.readouterr().out

@@ -16,7 +16,6 @@ from scripts import (
     SELF_FORCING_SUFFIX,
     assert_plays_in_a_browser,
     causvid_env,  # noqa: F401
-    run,
     run_here,
     self_forcing_env,  # noqa: F401
     written,
@@ -27,7 +26,8 @@ from scripts import (
 
 def test_self_forcing_script(self_forcing_env, tmp_path):
     env = self_forcing_env | {"PROMPT": "A cat; A cat! ;a/../dog", "NUM_SAMPLES": "2", "ENABLE_PROFILING": "1"}
-    result = run("self_forcing_quantized.sh", env, tmp_path)
+    with ForkedScript([SCRIPTS / "self_forcing_quantized.sh"], env, cwd=tmp_path) as process:
+        result = process.wait(100)
     files = written(result, tmp_path)
     names = ["A-cat-0-0-0", "A-cat-0-0-1", "A-cat-1-0-0", "A-cat-1-0-1", "a-dog-0-0", "a-dog-0-1"]
     assert [path.stem for path in files] == [f"{name}{SELF_FORCING_SUFFIX}" for name in names]

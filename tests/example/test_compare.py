@@ -44,7 +44,8 @@ def flags(folder: Path, **changes: object) -> list[str]:
 def test_comparison(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("ffn: int8\nattn1.to_q: fp8\n")
     names = ["fp8", "int8", "fp8+fp8kv", "fp8-outer"]
-    argv = flags(tmp_path, num_output_frames=6)
+    config = small_config("self_forcing/configs/self_forcing_dmd", tmp_path, image_or_video_shape="[1, 9, 16, 4, 6]")
+    argv = flags(tmp_path, num_output_frames=6, config_path=config)
     assert run(run_compare.main, [*argv, "--settings", *names, str(tmp_path / "mine.yaml")]) == 0
     output, names = tmp_path / "output", [*names, "mine"]
     shown = {f"compare-{name.replace('+', '-')}.mp4" for name in names} | {"side_by_side.png"}
@@ -81,7 +82,7 @@ def test_comparison(tmp_path, capsys):
     assert ["fp8", *by_block] in rows
 
     video = np.stack(list(iio.imiter(output / "compare-int8.mp4", plugin="FFMPEG")))
-    assert video.shape == (2 * 21, 256 + 24, 3 * 384, 3)  # 64x96, four times as large, below the labels
+    assert video.shape == (2 * 21, 256 + 24, 3 * 384, 3)  # 32x48, eight times as large, below the labels
     left, middle, right = (video[::9, 24:, i * 384 : (i + 1) * 384].astype(int) for i in range(3))
     assert left.std() > 10 and abs(left - middle).mean() < 3 and right.mean() < left.mean()
     assert iio.imread(output / "side_by_side.png").shape == (len(names) * 280, 3 * 384, 3)

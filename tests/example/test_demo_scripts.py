@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -14,6 +15,7 @@ from conftest import ROOT
 from scripts import run_here
 
 sys.path.insert(0, str(ROOT / "example/demo_model"))
+from inferix.cli import model_paths
 from score import score
 from world import Scene
 
@@ -47,6 +49,7 @@ def written(result: subprocess.CompletedProcess, folder: Path) -> torch.Tensor:
 
 
 def test_self_forcing(project):
+    """In an interpreter of its own, which imports what the checkout holds."""
     result = run(project, "self_forcing")
     video = written(result, project)
     assert video.shape == (81, 3, 128, 128)
@@ -67,10 +70,17 @@ def shorten_rollouts(config: Path, num_frames: int) -> Path:
 SCENE = Scene("green", "triangle", "from bottom to top", "white")
 
 
-def test_causvid(project):
-    """Short rollouts; with the tiny VAE, since the full one decodes in the other tests."""
-    shorten_rollouts(project / "example/causvid/configs/causvid_demo.yaml", 12)
-    video = written(run(project, "causvid", PROMPT=SCENE.prompt, NUM_ROLLOUT="2", VAE="tiny"), project)
+def test_causvid(tmp_path, monkeypatch):
+    """Short rollouts, in this process; with the tiny VAE, since the full one decodes in the other tests."""
+    paths = model_paths.DEMO["causvid"]
+    config = shorten_rollouts(Path(shutil.copy(paths.config, tmp_path)), 12)
+    monkeypatch.setitem(model_paths.DEMO, "causvid", replace(paths, config=config))
+    missing = model_paths.ModelPaths(*[tmp_path / "not downloaded"] * 3)
+    monkeypatch.setitem(model_paths.REAL, "causvid", missing)
+    env = {"PROMPT": SCENE.prompt, "NUM_ROLLOUT": "2", "VAE": "tiny", "OUTPUT_FOLDER": "outputs"}
+    result = run_here("causvid_quantized.sh", env, tmp_path)
+    video = written(result, tmp_path)
+    assert "using the small demo model" in result.stdout
     assert video.shape == (2 * (45 - 9), 3, 128, 128)
     assert all(score(video, SCENE).values())
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from forks import ForkedPython
 from processes import Process
 from scripts import self_forcing_env  # noqa: F401
 
@@ -128,11 +128,11 @@ def cluster(tmp_path):
 
 def test_a_node_fails(cluster, self_forcing_env, tmp_path):
     """Slurm starts the job again when the node is back, and the job goes on where it stopped."""
-    (tmp_path / "list.txt").write_text("\n".join(f"A cat, take {number}" for number in range(8)))
+    (tmp_path / "list.txt").write_text("\n".join(f"A cat, take {number}" for number in range(12)))
     env = self_forcing_env | {"PROMPT_FILE": str(tmp_path / "list.txt"), "OUTPUT_FOLDER": str(tmp_path / "videos")}
     env = {name: value for name, value in env.items() if name != "PATH"}
     env |= {name: str(tmp_path / env[name]) for name in ("CONFIG_PATH", "WAN_BASE_MODEL_PATH", "CHECKPOINT_PATH")}
-    env["PATH"] = f"{Path(sys.executable).parent}:{SEARCH}"
+    env["PATH"] = f"{ForkedPython(tmp_path / 'bin', num_ranks=1).folder}:{SEARCH}"
     log, manifest = tmp_path / "log.txt", tmp_path / "videos/manifest.jsonl"
 
     def lines() -> list[dict]:
@@ -146,10 +146,10 @@ def test_a_node_fails(cluster, self_forcing_env, tmp_path):
         process.kill()
     cluster.wait_until(lambda: "Restarts=1" in cluster.command("scontrol", "show", "job", job), 100)
     made = len(lines())
-    assert made < 8, log.read_text()
+    assert made < 12, log.read_text()
     cluster.start("slurmd", "-D", "-N", "n2")
     cluster.wait_until(lambda: "JobState=COMPLETED" in cluster.command("scontrol", "show", "job", job), 200)
     files = [line["file"] for line in lines()]
-    assert len(files) == len(set(files)) == 8, log.read_text()
+    assert len(files) == len(set(files)) == 12, log.read_text()
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == sorted([*files, "manifest.jsonl"])
-    assert f"videos             {8 - made} made, {made} complete before" in log.read_text()
+    assert f"videos             {12 - made} made, {made} complete before" in log.read_text()
