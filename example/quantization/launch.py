@@ -9,6 +9,7 @@ A runner imports this module first. Where Python was started with that runner, t
 exits if they are wrong, because what the runner imports next, PyTorch among it, takes seconds.
 """
 
+import gc
 import glob
 import importlib.util
 import logging
@@ -151,6 +152,7 @@ def main() -> int:
             return torchrun(nproc, [runner, *flags])
     sys.argv = [runner, *flags]
     sys.modules["launch"] = sys.modules["__main__"]  # checked already
+    gc.disable()
     runpy.run_path(runner, run_name="__main__")
     return 0
 
@@ -158,6 +160,8 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 check_packages()
+if os.path.basename(sys.argv[0]) in MODELS:
+    gc.disable()  # a fifth of the imports' time; inferix.cli.main.run enables it again
 if check_flags(sys.argv[0], sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1))) and "RANK" in os.environ:
     from inferix.cli.main import handle_signals, interrupt
 

@@ -1,5 +1,6 @@
 """How a program ends: exit codes, signals, and the ranks of a ``torchrun`` job."""
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     """
     if argv is None:
         STARTUP.mark("Python and imports")
+        gc.freeze()  # what was imported stays: no collection needs to look at it
+        gc.enable()
         handle_signals()
         if "RANK" in os.environ:
             watch_sigterm()

@@ -110,21 +110,23 @@ class CausalInferencePipeline:
         self.low_memory = low_memory
         if low_memory:
             use_expandable_segments()
-        copied: Future | None = None
-        with ThreadPoolExecutor(1) as copies:  # beside the imports of the compiler, which take as long
+        with ThreadPoolExecutor(2) as threads:  # beside the imports of the compiler, which take as long
+            moves: list[Future] = [threads.submit(self._move_video_models, low_memory)]
             if self.text_encoder is not None:
-                copied = copies.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory)
-            if low_memory:
-                self.generator.model.to(self.dtype)
-            else:
-                move(self.generator.model, self.device, self.dtype)
-            if self.vae is not None:
-                self.vae.to(self.device, self.dtype)
-                self.vae.low_memory = low_memory
+                moves.append(threads.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory))
             if self.device.type == "cuda":
                 self.generator.model.compile_repeated_blocks()
-            if copied is not None:
-                copied.result()  # raises what went wrong
+            for moved in moves:
+                moved.result()  # raises what went wrong
+
+    def _move_video_models(self, low_memory: bool) -> None:
+        if low_memory:
+            self.generator.model.to(self.dtype)
+        else:
+            move(self.generator.model, self.device, self.dtype)
+        if self.vae is not None:
+            self.vae.to(self.device, self.dtype)
+            self.vae.low_memory = low_memory
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Return one draw of standard normal noise."""
@@ -322,9 +324,7 @@ class CausalInferencePipeline:
             model.to(self.device)
         model.fuse_qkv_projections()
         height, width = plan.latent_shape[-2:]
-        num_frames = (
-            self.config.window_frames if plan.num_frames is None else min(plan.num_frames, self.config.window_frames)
-        )
+        num_frames = min(plan.num_frames or self.config.window_frames, self.config.window_frames)
         tokens, heads = height * width // 4, model.config.num_heads
         if parallel is not None:
             tokens, heads = tokens // parallel.ring_size, heads // parallel.ulysses_size

@@ -75,9 +75,11 @@ def test_graphs_and_compiled_blocks_compute_what_the_cpu_does(switch_at):
     actual = latents(pipeline, switch_at=switch_at)
     error, gain = relative_error(actual, exact)
     assert error < 0.03 and abs(gain - 1) < 0.01
-    graphs = dict(pipeline.kv_cache.graphs.graphs)
-    assert torch.equal(latents(pipeline, switch_at=switch_at), actual)
-    assert pipeline.kv_cache.graphs.graphs == graphs  # a second video captures nothing
+    captured = []
+    for _ in range(2):
+        assert torch.equal(latents(pipeline, switch_at=switch_at), actual)
+        captured.append(dict(pipeline.kv_cache.graphs.graphs))
+    assert captured[0] == captured[1]  # the second prompt was captured: from then on nothing is
 
 
 def test_new_weights_and_settings_drop_the_graphs():
