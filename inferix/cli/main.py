@@ -1,5 +1,6 @@
 """How a program ends: exit codes, signals, and the ranks of a ``torchrun`` job."""
 
+import atexit
 import gc
 import os
 import signal
@@ -31,6 +32,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         STARTUP.mark("Python and imports")
         gc.freeze()  # what was imported stays: no collection needs to look at it
         gc.enable()
+        atexit.register(gc.unfreeze)  # else Triton's binding reports leaks
         handle_signals()
         if "RANK" in os.environ:
             watch_sigterm()
