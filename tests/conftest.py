@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in child processes: on models this small threads only wait
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would what the tests start
 
 import pytest
 

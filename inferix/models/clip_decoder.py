@@ -91,7 +91,8 @@ class ClipDecoder:
         if not latents.is_cuda:
             return self.decoder(latents, self.feat_cache)
         kind = (latents.shape[1], self.feat_cache.first)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, benchmark_limit=BENCHMARK_LIMIT):
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(True, benchmark=True, benchmark_limit=BENCHMARK_LIMIT, allow_tf32=cudnn.allow_tf32):
             if kind not in self.graphs:
                 pixels = self.decoder(latents, self.feat_cache)
                 self.capture(latents, kind)
