@@ -1,8 +1,8 @@
 """Generate a long video with the small model, twelve prompts in turn: does anything change from the first minute to the last?
 
-Prints, for the first round of the prompts and the last one, the process's memory, the seconds of a block (processor seconds without
-a GPU), and how many prompts the video follows in colour, shape, direction and background. Ends with an error where memory or the block time has grown
-by more than a twentieth, or fewer prompts are right. Writes endless.json. ``--help`` lists the flags.
+Prints, for the first round of the prompts and the last one, the process's memory, the seconds of a block (of the processor where
+there is no GPU), and how many prompts the video follows in colour, shape, direction and background. Ends with an error where memory
+or the block time has grown by more than a twentieth, or fewer prompts are right. Writes endless.json. ``--help`` lists the flags.
 """
 
 import argparse
