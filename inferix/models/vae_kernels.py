@@ -88,7 +88,7 @@ def to_pixels_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + (frame * 3 + channel) * frame_rows + pixel, value, mask=inside)
 
 
-def launch(
+def launch_add_norm_silu(
     x: Tensor, residual: Tensor | None, bias: Tensor, gamma: Tensor | None, out: Tensor | None, epsilon: float
 ) -> Tensor:
     """Return residual + x + bias (x where there is no residual); with ``gamma`` write its norm to ``out``."""
@@ -108,15 +108,15 @@ def launch(
 
 
 def norm_silu(x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor, epsilon: float) -> None:
-    launch(x, None, bias, gamma, out, epsilon)
+    launch_add_norm_silu(x, None, bias, gamma, out, epsilon)
 
 
 def add_norm_silu(residual: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, out: Tensor, epsilon: float) -> Tensor:
-    return launch(x, residual, bias, gamma, out, epsilon)
+    return launch_add_norm_silu(x, residual, bias, gamma, out, epsilon)
 
 
 def add(residual: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    return launch(x, residual, bias, None, None, 0.0)
+    return launch_add_norm_silu(x, residual, bias, None, None, 0.0)
 
 
 def unshuffle_add(groups: Tensor, bias: Tensor) -> Tensor:
