@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import ftfy
@@ -168,16 +169,19 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Return embeddings [B, text_len, text_dim]."""
+        """Return embeddings [B, text_len, text_dim].
+
+        On a GPU a single prompt is computed by a CUDA graph; one of more prompts would keep more memory.
+        """
         ids, mask = self.tokenize(prompts)
         length = -(-int(mask.sum(1).max()) // LENGTH_STEP) * LENGTH_STEP  # the rest is padding, which nothing sees
         ids, mask = ids[:, :length], mask[:, :length]
         table = self.model.shared.weight
         words = F.embedding(ids.to(table.device), table).to(self.device)
-        inputs = words, mask.to(self.device)
-        embeds = (
-            self._encode(*inputs) if self.graphs is None else self.graphs(ids.shape, ids.shape, self._encode, *inputs)
+        encode = (
+            partial(self.graphs, length, length, self._encode) if self.graphs and len(prompts) == 1 else self._encode
         )
+        embeds = encode(words, mask.to(self.device))
         return F.pad(embeds, (0, 0, 0, self.text_len - embeds.shape[1]))
 
     def _encode(self, words: Tensor, mask: Tensor) -> Tensor:
