@@ -83,6 +83,8 @@ class Encoder:
     def __init__(self, command: list[str]):
         self._messages, stderr = os.pipe()
         os.set_blocking(stderr, False)  # an encoder with very much to say loses words instead of blocking
+        # a signal to the program's group may come before the encoder has left it; the mask stays with the encoder
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             self._process = subprocess.Popen(
                 command,
@@ -99,6 +101,7 @@ class Encoder:
                 "or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
             ) from None
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(stderr)
         assert self._process.stdin is not None
         self._stdin, self._command = self._process.stdin, command

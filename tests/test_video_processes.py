@@ -194,3 +194,30 @@ tell("done")
         result = process.wait(100)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_no_signal_to_the_group_reaches_an_encoder_that_starts(tmp_path):
+    """As from a terminal that is closed at any moment: an encoder that has left the group a moment too late would die."""
+    program = """
+with VideoWriter("first.mp4") as writer:  # finds ffmpeg, which imageio runs to see whether it works
+    writer.write(clip(2))
+writer.result()
+signal.signal(signal.SIGHUP, lambda *_: None)
+program, sender = os.getpid(), os.fork()
+if not sender:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    while os.getppid() == program:
+        os.killpg(os.getpgid(0), signal.SIGHUP)
+        time.sleep(0.0003)
+    os._exit(0)
+for number in range(8):
+    with VideoWriter(f"{number}.mp4") as writer:
+        writer.write(clip(2))
+    writer.result()
+os.kill(sender, signal.SIGKILL)  # a program that ends has no handler any more
+os.waitpid(sender, 0)
+tell("complete")
+"""
+    process, said = start(program, tmp_path)
+    process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "complete") and len(list(tmp_path.glob("*.mp4"))) == 9
