@@ -24,13 +24,13 @@ def measure_small(*flags: str) -> None:
     shutdown()
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
-    flags = ["--engine_only", "--splits", "2x1", "1x2", "--output_folder", str(tmp_path)]
-    printed = run_ranks(2, measure_small, *flags)[0].output
+def test_four_ranks_compute_what_one_does(tmp_path):
+    flags = ["--engine_only", "--splits", "4x1", "2x2", "--output_folder", str(tmp_path)]
+    printed = run_ranks(4, measure_small, *flags)[0].output
     report = json.loads((tmp_path / "several_gpus.json").read_text())
     rows = {(row["setting"], row["split"]): row for row in report["rows"]}
-    assert report["gpus"] == 2
-    assert list(rows) == [(setting, split) for split in ("1x1", "2x1", "1x2") for setting in ("bf16", "fp8+fp8kv")]
+    assert report["gpus"] == 4
+    assert list(rows) == [(setting, split) for split in ("1x1", "4x1", "2x2") for setting in ("bf16", "fp8+fp8kv")]
     for (setting, split), row in rows.items():
         assert row["speedup"] == rows[setting, "1x1"]["clip_s"] / row["clip_s"]
         if setting == "bf16":  # float32 on the CPU

@@ -149,7 +149,6 @@ def add_clips(way: str, results: dict[str, torch.Tensor]) -> None:
     collect(pipeline, results, f"{way}.interactive.fp8", lambda pipeline: switched(pipeline, 12))
     if way != "1x1":
         collect(long_live("longlive_interactive", sizes, "auto"), results, f"{way}.interactive.auto", switched)
-    if way == "1x2":  # the others are those of test_steering.py
         collect(long_live("longlive_infinite", sizes, "auto"), results, f"{way}.infinite.auto", rolling)
     if RANKS["world_size"] != 2:
         collect(build(CausVidPipeline, sizes), results, f"{way}.causvid", causvid)

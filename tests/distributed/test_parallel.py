@@ -60,18 +60,13 @@ def test_quantized(clips, way, quantized):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_prompt_switches(clips, way):
+def test_prompt_switches_and_relative_positions(clips, way):
     """In full precision the golden data; with the 8-bit cache what one process computes: the means are the same."""
-    golden = load_file(GOLDEN / "expected/longlive_interactive.safetensors")["latents"][:, :18]
-    torch.testing.assert_close(clips[f"{way}.interactive.auto.latents"], golden, rtol=0, atol=1e-3)
+    for name, frames in (("interactive", 18), ("infinite", 15)):
+        golden = load_file(GOLDEN / f"expected/longlive_{name}.safetensors")["latents"][:, :frames]
+        torch.testing.assert_close(clips[f"{way}.{name}.auto.latents"], golden, rtol=0, atol=1e-3)
     error, gain = relative_error(*(clips[f"{w}.interactive.fp8.latents"] for w in (way, "1x1")))
     assert error < 0.03 and abs(gain - 1) < 0.005
-
-
-def test_relative_positions(clips):
-    """By ring attention; test_steering.py tests the other ways."""
-    golden = load_file(GOLDEN / "expected/longlive_infinite.safetensors")["latents"][:, :15]
-    torch.testing.assert_close(clips["1x2.infinite.auto.latents"], golden, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_first_frame_of_a_block_is_where_an_entry_at_that_time_takes_effect(
         ("prompt: a", "a list of entries"),
         ("[", "not YAML"),
         ("- at: 2026-99-99", "not YAML"),
-        ("[" * 1000, "not YAML"),
+        ("[" * 2000, "not YAML"),
         ("- a", "entry 1: it must have prompt"),
         ("- {at: 0, prompt: ' '}", "entry 1: prompt must be a text"),
         ("- {at: 0, prompt: 7}", "entry 1: prompt must be a text"),
