@@ -1,4 +1,7 @@
-"""Compile Triton kernels for GPUs that need not be there."""
+"""Compile Triton kernels for GPUs that need not be there, or interpret them."""
+
+import importlib.util
+from types import ModuleType
 
 import pytest
 
@@ -22,3 +25,13 @@ def compile_for(capability, kernel, signature, constants, config):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     return compiled.metadata.shared
+
+
+def interpreted_module(name: str, monkeypatch) -> ModuleType:
+    """Return the module ``name`` once more, its kernels for Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -152,7 +152,7 @@ def main() -> int:
             return torchrun(nproc, [runner, *flags])
     sys.argv = [runner, *flags]
     sys.modules["launch"] = sys.modules["__main__"]  # checked already
-    gc.disable()
+    gc.disable()  # as below
     runpy.run_path(runner, run_name="__main__")
     return 0
 

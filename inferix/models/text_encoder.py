@@ -3,7 +3,6 @@
 import html
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import ftfy
@@ -143,12 +142,12 @@ class TextEncoder:
     def blocks(self) -> Iterator[nn.Module]:
         """Yield every block, moved to the device, to be modified; it is moved back when the next one is requested."""
         self.version += 1
+        if self.graphs is not None:
+            self.graphs = CUDAGraphs()
         for block in self.model.encoder.block:
             home = next(block.parameters()).device
             yield block.to(self.device)
             block.to(home)
-        if self.graphs is not None:
-            self.graphs = CUDAGraphs()
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of ``prompt`` that the tokenizer has no token for."""
@@ -178,10 +177,11 @@ class TextEncoder:
         ids, mask = ids[:, :length], mask[:, :length]
         table = self.model.shared.weight
         words = F.embedding(ids.to(table.device), table).to(self.device)
-        encode = (
-            partial(self.graphs, length, length, self._encode) if self.graphs and len(prompts) == 1 else self._encode
-        )
-        embeds = encode(words, mask.to(self.device))
+        inputs = words, mask.to(self.device)
+        if self.graphs is None or len(prompts) > 1:
+            embeds = self._encode(*inputs)
+        else:
+            embeds = self.graphs(length, length, self._encode, *inputs)
         return F.pad(embeds, (0, 0, 0, self.text_len - embeds.shape[1]))
 
     def _encode(self, words: Tensor, mask: Tensor) -> Tensor:

@@ -88,6 +88,12 @@ def to_pixels_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + (frame * 3 + channel) * frame_rows + pixel, value, mask=inside)
 
 
+def tile_sizes(channels: int) -> dict[str, int]:
+    """Return the constants of a kernel whose programs hold all channels of some pixels."""
+    channel_block = triton.next_power_of_2(channels)
+    return {"CHANNELS": channels, "CHANNEL_BLOCK": channel_block, "BLOCK_ROWS": max(1, TILE // channel_block)}
+
+
 def launch_add_norm_silu(
     x: Tensor, residual: Tensor | None, bias: Tensor, gamma: Tensor | None, out: Tensor | None, epsilon: float
 ) -> Tensor:
@@ -96,13 +102,11 @@ def launch_add_norm_silu(
     x, total = x.contiguous(), x
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
-    channel_block = triton.next_power_of_2(channels)
-    block_rows, rows = max(1, TILE // channel_block), x.numel() // channels
-    add_norm_silu_kernel[(triton.cdiv(rows, block_rows),)](
+    tile, rows = tile_sizes(channels), x.numel() // channels
+    add_norm_silu_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
         x, x if residual is None else residual, bias, bias if gamma is None else gamma, total, x if out is None else out,
         rows, frames, height * width, 0 if out is None else out.stride(0), 0 if out is None else out.stride(1), epsilon,
-        HAS_RESIDUAL=residual is not None, HAS_NORM=gamma is not None,
-        CHANNELS=channels, CHANNEL_BLOCK=channel_block, BLOCK_ROWS=block_rows, num_warps=4,
+        HAS_RESIDUAL=residual is not None, HAS_NORM=gamma is not None, num_warps=4, **tile,
     )  # fmt: skip
     return total
 
@@ -123,12 +127,10 @@ def unshuffle_add(groups: Tensor, bias: Tensor) -> Tensor:
     frames, height, width, *_, channels = groups.shape
     height, width = 2 * (height - 1), 2 * (width - 1)
     out = groups.new_empty(frames, height, width, channels)
-    channel_block = triton.next_power_of_2(channels)
-    block_rows, rows = max(1, TILE // channel_block), frames * height * width
-    unshuffle_add_kernel[(triton.cdiv(rows, block_rows),)](
-        groups.contiguous(), bias, out, rows, height, width,
-        CHANNELS=channels, CHANNEL_BLOCK=channel_block, BLOCK_ROWS=block_rows, num_warps=4,
-    )  # fmt: skip
+    tile, rows = tile_sizes(channels), frames * height * width
+    unshuffle_add_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
+        groups.contiguous(), bias, out, rows, height, width, num_warps=4, **tile
+    )
     return out
 
 

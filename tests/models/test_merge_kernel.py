@@ -1,10 +1,8 @@
 """The merge of partial attention: the Triton kernel interpreted on the CPU, and compiled for every architecture."""
 
-import importlib.util
-
 import pytest
 import torch
-from triton_targets import SHARED_MEMORY, compile_for
+from triton_targets import SHARED_MEMORY, compile_for, interpreted_module
 
 from inferix.models import attention_kernels
 from inferix.models.attention import PartialAttention, merge_partials
@@ -14,12 +12,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The module once more, its kernel for Triton's interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.find_spec("inferix.models.merge_kernel")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return interpreted_module("inferix.models.merge_kernel", monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5, 2, 16), (3, 2, 40, 3, 128), (9, 1, 33, 2, 24)], ids=str)

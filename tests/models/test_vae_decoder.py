@@ -1,13 +1,12 @@
 """Our VAE decoder computes what diffusers' does, whole, in pieces, in any precision, for one clip after the other."""
 
 import gc
-import importlib.util
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from triton_targets import SHARED_MEMORY, compile_for
+from triton_targets import SHARED_MEMORY, compile_for, interpreted_module
 
 from inferix.errors import InputError
 from inferix.models import vae_decoder
@@ -111,13 +110,7 @@ def test_another_vae_is_refused():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels for Triton's interpreter."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.find_spec("inferix.models.vae_kernels")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return interpreted_module("inferix.models.vae_kernels", monkeypatch)
 
 
 @pytest.mark.parametrize(("batch", "time", "channels", "halo"), [(1, 3, 16, 0), (2, 4, 24, 1), (1, 1, 96, 0)])
@@ -150,8 +143,7 @@ def test_the_kernels_fit_every_architecture(capability, dtype, channels, tmp_pat
     from inferix.models import vae_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    block = triton.next_power_of_2(channels)
-    tile = {"CHANNELS": channels, "CHANNEL_BLOCK": block, "BLOCK_ROWS": vae_kernels.TILE // block}
+    tile = vae_kernels.tile_sizes(channels)
     config = triton.Config({}, num_warps=4, num_stages=3)
     for kernel, pointers, sizes, constants in (
         (
