@@ -7,7 +7,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -90,8 +91,7 @@ class Cluster:
     def __exit__(self, *error) -> None:
         for process in self.daemons.values():
             process.__exit__()
-        for process in self.node_processes("n1") + self.node_processes("n2"):
-            process.kill()
+        kill(self.node_processes("n1") + self.node_processes("n2"))
 
     def start(self, *command: str) -> None:
         self.daemons[command[-1]] = Process(list(command), self.env, cwd=self.folder).__enter__()
@@ -119,6 +119,12 @@ class Cluster:
             time.sleep(0.2)
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # ended with one that was killed before it
+            process.kill()
+
+
 @pytest.fixture
 def cluster(tmp_path):
     (tmp_path / "slurm").mkdir(mode=0o755)
@@ -142,8 +148,7 @@ def test_a_node_fails(cluster, self_forcing_env, tmp_path):
     job = cluster.command(*submitted, **env)
     assert job.isdecimal()
     cluster.wait_until(lines, 150)
-    for process in [*cluster.node_processes("n2"), psutil.Process(cluster.daemons["n2"].popen.pid)]:
-        process.kill()
+    kill([*cluster.node_processes("n2"), psutil.Process(cluster.daemons["n2"].popen.pid)])
     cluster.wait_until(lambda: "Restarts=1" in cluster.command("scontrol", "show", "job", job), 100)
     made = len(lines())
     assert made < 12, log.read_text()
