@@ -169,7 +169,7 @@ def rotate(x: Tensor, width: int | None = None) -> Tensor:
     width = x.shape[-1] if width is None else width
     n = next(n for n in (64, 16, 4, 1) if width % n == 0)
     limit = torch.finfo(x.dtype).max / n
-    blocks = x.clamp(-limit, limit).unflatten(-1, (-1, n))
+    blocks = x.clamp(-limit, limit).contiguous().unflatten(-1, (-1, n))  # cuBLAS rounds by layout
     return (blocks @ hadamard(n, x.device, x.dtype)).flatten(-2)
 
 
