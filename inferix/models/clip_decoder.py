@@ -1,5 +1,7 @@
 """Decoding clips piece by piece: what is kept of a clip from one piece to the next, and CUDA graphs of the calls."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -91,17 +93,28 @@ class ClipDecoder:
         if not latents.is_cuda:
             return self.decoder(latents, self.feat_cache)
         kind = (latents.shape[1], self.feat_cache.first)
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(True, benchmark=True, benchmark_limit=BENCHMARK_LIMIT, allow_tf32=cudnn.allow_tf32):
-            if kind not in self.graphs:
+        if kind not in self.graphs:
+            with self.chosen_algorithms():
                 pixels = self.decoder(latents, self.feat_cache)
                 self.capture(latents, kind)
-                return pixels
+            return pixels
         graph, static, pixels = self.graphs[kind]
         static.copy_(latents)
         graph.replay()
         self.feat_cache.first = False
         return pixels.clone()
+
+    def warm_up(self, latents: Tensor) -> None:
+        """Decode latents as a clip's first and once more, for what later calls then need not wait for. Capture nothing."""
+        with self.chosen_algorithms():
+            for _ in range(2):
+                self.decoder(latents, self.feat_cache)
+
+    @staticmethod
+    def chosen_algorithms() -> AbstractContextManager:
+        """Let cuDNN time the algorithms of a convolution when it first sees it; TF32 stays as the caller has it."""
+        cudnn = torch.backends.cudnn
+        return cudnn.flags(True, benchmark=True, benchmark_limit=BENCHMARK_LIMIT, allow_tf32=cudnn.allow_tf32)
 
     def capture(self, latents: Tensor, kind: tuple[int, bool]) -> None:
         """Capture a call. Nothing runs, so that the feature cache stays as it is."""

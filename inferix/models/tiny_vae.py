@@ -7,7 +7,7 @@ Latents are [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -380,6 +380,9 @@ class TinyVAE(VAE):
         path = Path(path)
         state = load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
         return cls(TAEHV.from_state(state, path), normalized="lighttae" not in path.name.lower())
+
+    def warm_up(self, shape: Sequence[int]) -> None:
+        """Do nothing: its functions are compiled when the first clip calls them."""
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode(pixels / 2 + 0.5)

@@ -5,6 +5,7 @@ Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -128,6 +129,10 @@ class VAE(ABC):
         """Return a decoder for one clip that is called with its latents piece by piece."""
         return StreamingDecoder(self)
 
+    @abstractmethod
+    def warm_up(self, shape: Sequence[int]) -> None:
+        """Prepare a GPU for latents of ``shape`` [B, F, 16, h, w], as far as that takes no compiler."""
+
     def acquire(self, shape: tuple[int, int, int]) -> ClipDecoder:
         """Return a decoder for a new clip of (B, h, w), to be put back to ``pool``; those of another kind are dropped.
 
@@ -169,6 +174,17 @@ class WanVAE(VAE):
             model = AutoencoderKLWan(**vae_config(state))
         load_strict(model, convert_wan_vae_to_diffusers(state), path)
         return cls(model)
+
+    @torch.no_grad()
+    def warm_up(self, shape: Sequence[int]) -> None:
+        """Load the kernels and let cuDNN choose its algorithms, which it keeps for the calling thread."""
+        if self.low_memory or self.context_parallel is not None:  # ranks decode together, once all are ready
+            return
+        batch, frames, channels, height, width = shape
+        piece = torch.zeros(batch, min(frames, FRAMES_AT_ONCE), channels, height, width)
+        decoder = self.acquire((batch, height, width))
+        decoder.warm_up(piece.to(self.device, self.dtype))
+        self.pool.append(decoder)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Return the mean of the distribution."""

@@ -29,6 +29,7 @@ from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
 from inferix.runtime.cuda_graphs import signature
 from inferix.runtime.memory import num_bytes, use_expandable_segments
+from inferix.runtime.overlap import hash_triton, short_switch_interval
 from inferix.runtime.staging import move
 from inferix.runtime.startup import STARTUP
 
@@ -110,23 +111,21 @@ class CausalInferencePipeline:
         self.low_memory = low_memory
         if low_memory:
             use_expandable_segments()
-        with ThreadPoolExecutor(2) as threads:  # beside the imports of the compiler, which take as long
-            moves: list[Future] = [threads.submit(self._move_video_models, low_memory)]
+        weights_device, on_gpu = torch.device("cpu") if low_memory else self.device, self.device.type == "cuda"
+        with ThreadPoolExecutor(4) as threads, short_switch_interval():
+            tasks: list[Future] = [threads.submit(move, self.generator.model, weights_device, self.dtype)]
             if self.text_encoder is not None:
-                moves.append(threads.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory))
-            if self.device.type == "cuda":
-                self.generator.model.compile_repeated_blocks()
-            for moved in moves:
-                moved.result()  # raises what went wrong
-
-    def _move_video_models(self, low_memory: bool) -> None:
-        if low_memory:
-            self.generator.model.to(self.dtype)
-        else:
-            move(self.generator.model, self.device, self.dtype)
-        if self.vae is not None:
-            self.vae.to(self.device, self.dtype)
-            self.vae.low_memory = low_memory
+                tasks.append(threads.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory))
+            if on_gpu:
+                tasks.append(threads.submit(hash_triton))
+                tasks.append(threads.submit(self.generator.model.compile_repeated_blocks))  # imports the compiler
+            if self.vae is not None:
+                self.vae.low_memory = low_memory
+                self.vae.to(self.device, self.dtype)
+                if on_gpu:  # beside the others, in the thread that will decode
+                    self.vae.warm_up((1, self.config.num_frame_per_block, *self.config.image_or_video_shape[2:]))
+            for task in tasks:
+                task.result()  # raises what went wrong
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """Return one draw of standard normal noise."""

@@ -87,6 +87,20 @@ def test_streams_do_not_disturb_each_other():
     assert [decoder.shape for decoder in vae.pool] == [(2, 2, 4)]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_warm_up_leaves_nothing_in_the_next_clip(device):
+    torch.manual_seed(0)
+    latents, wanted = torch.randn(1, 7, 16, 2, 4), WanVAE(library_model())
+    vae = WanVAE(library_model()).to(torch.device(device), torch.float32)
+    vae.warm_up((1, 3, 16, 2, 4))
+    assert len(vae.pool) == 1
+    for _ in range(2):
+        torch.testing.assert_close(
+            vae.decode(latents).cpu(), wanted.decode(latents), rtol=0, atol=2e-5 if device == "cpu" else 5e-3
+        )
+    assert len(vae.pool) == 1
+
+
 def test_with_little_memory_it_is_the_same():
     vae = WanVAE(library_model())
     latents = torch.randn(1, 7, 16, 2, 4)
