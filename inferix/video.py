@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar
@@ -183,6 +184,7 @@ class VideoWriter:
         try:
             command = encoder_command(self._partial, first.shape[3], first.shape[2], self.fps)
             self._encoder, num_frames = Encoder(command), 0
+            import_module("av")  # for ``count_frames``, while the encoder starts
             try:
                 while chunk is not None and not self._aborted:
                     self._partial.stat()

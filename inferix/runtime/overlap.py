@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def short_switch_interval() -> Iterator[None]:
     """Let threads that mostly wait for the GPU have the interpreter at once; beside one that computes each call waits 5 ms."""
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(interval / 20)
+    sys.setswitchinterval(1e-5)
     try:
         yield
     finally:

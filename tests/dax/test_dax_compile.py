@@ -111,9 +111,11 @@ def test_jit_trace_records_the_model(qconfig, device, grad):
             traced = torch.jit.trace(model, x[:, :5], check_trace=device == "cpu")  # on a GPU its check is too strict
         torch.jit.save(traced, file := io.BytesIO())
         file.seek(0)
-        # A trace multiplies in float32: on a GPU values next to the middle of two 8-bit ones are then rounded otherwise.
-        tolerance = {"rtol": 5e-3, "atol": 5e-3} if device == "cuda" else {}
-        torch.testing.assert_close(torch.jit.load(file)(x), model(x), **tolerance)
+        actual, wanted = torch.jit.load(file)(x), model(x)
+        if device == "cpu":
+            torch.testing.assert_close(actual, wanted)
+        else:  # a trace multiplies in float32: a value next to the middle of two 8-bit ones may be rounded otherwise
+            assert (actual - wanted).norm() <= 0.03 * wanted.norm()
 
 
 def test_a_copy_compiles_apart_from_the_original():
