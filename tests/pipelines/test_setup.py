@@ -1,6 +1,7 @@
 """Settings of a pipeline: what is cached follows what is changed, in any order of the calls."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -49,6 +50,17 @@ def test_low_memory_can_be_turned_off_again(pipeline):
         assert parts.kv_cache_dtype == (FP8 if low_memory else torch.float32)
         clips.append(pipeline.generate(["A red cat"], 3, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(clips[0], clips[2]) and not torch.equal(clips[0], clips[1])
+
+
+def test_an_error_while_moving_is_raised(pipeline, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(pipeline.pipeline.text_encoder, "to", fail)
+    interval = sys.getswitchinterval()
+    with pytest.raises(MemoryError, match="no room"):
+        pipeline.setup_devices()
+    assert sys.getswitchinterval() == interval
 
 
 def test_offloading_the_text_encoder_twice_hooks_it_once(pipeline):
