@@ -87,7 +87,7 @@ def handle_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, raise_for_signal)
-    sys.unraisablehook = send_again
+    sys.unraisablehook = after_signal
 
 
 def raise_for_signal(number: int, _: object) -> None:
@@ -96,12 +96,16 @@ def raise_for_signal(number: int, _: object) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def send_again(unraisable: Any) -> None:
-    """Send a signal once more whose exception Python ignores, as one that is raised in a destructor."""
-    if received and isinstance(unraisable.exc_value, (KeyboardInterrupt, SystemExit)):
-        threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
-    else:
+def after_signal(unraisable: Any) -> None:
+    """Send a signal once more whose exception Python ignores, as one that is raised in a destructor.
+
+    Of other exceptions that it ignores nothing is printed then: an object whose construction the signal has interrupted may
+    fail in its destructor.
+    """
+    if not received:
         sys.__unraisablehook__(unraisable)
+    elif isinstance(unraisable.exc_value, (KeyboardInterrupt, SystemExit)):
+        threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
 
 
 def end_after_signal(number: int) -> int:

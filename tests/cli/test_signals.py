@@ -29,6 +29,13 @@ def lose():
     Destructor()
     time.sleep(100)
 
+class Half:
+    def __init__(self):
+        wait()
+        self.whole = True
+    def __del__(self):
+        self.whole
+
 def main(argv):
     {}()
 
@@ -44,10 +51,12 @@ def test_nohup_ignores_the_closed_terminal():
         assert process.wait().returncode == 0
 
 
-@pytest.mark.parametrize("function", ["wait", "convert", "lose"])
+@pytest.mark.parametrize("function", ["wait", "convert", "lose", "Half"])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_program(function, sent, code):
-    """Also where a library turns the exception into another, and where it is raised in a destructor and so ignored."""
+    """Also where a library turns the exception into another, where it is raised in a destructor and so ignored, and where
+    it leaves an object half-made, whose destructor fails.
+    """
     with Process([sys.executable, "-c", PROGRAM.format(function)]) as process:
         process.wait_until(lambda: "waiting" in process.stdout)
         process.popen.send_signal(sent)
