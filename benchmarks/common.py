@@ -105,7 +105,8 @@ class RandomCheckpoint:
 
     def vae(self) -> WanVAE:
         torch.manual_seed(0)
-        return WanVAE(AutoencoderKLWan(base_dim=self.geometry.vae_base_dim))
+        model = AutoencoderKLWan(base_dim=self.geometry.vae_base_dim)
+        return WanVAE(model.state_dict(), dict(model.config))
 
     def text_encoder(self) -> None:
         return None

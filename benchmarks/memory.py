@@ -123,7 +123,7 @@ def memory_by_part(pipeline: CausalInferencePipeline, device_peak: int) -> dict[
         "transformer": num_bytes(pipeline.generator.model),
         "text encoder": bytes_on_device([*encoder.parameters(), *encoder.buffers()], pipeline.device),
         "cache": bytes_on_device(cached, pipeline.device),
-        "VAE": bytes_on_device([*vae.model.parameters(), *vae.decoder.parameters()], pipeline.device),
+        "VAE": bytes_on_device([p for m in (vae.decoder, vae.model) if m for p in m.parameters()], pipeline.device),
     }
     if pipeline.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -1,7 +1,7 @@
-"""Rename a Wan transformer's weights from the spellings in files to diffusers', which the engine uses.
+"""Rename a Wan transformer's or VAE's weights from the spellings in files to diffusers', which the engine uses.
 
 Wan's own names are those of https://github.com/Wan-Video/Wan2.1 (``blocks.0.self_attn.q.weight``), diffusers' those of
-``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``).
+``WanTransformer3DModel`` (``blocks.0.attn1.to_q.weight``) and ``AutoencoderKLWan``.
 """
 
 import re
@@ -25,6 +25,24 @@ WAN_TO_DIFFUSERS = {
 for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
     WAN_TO_DIFFUSERS |= {f"{wan}.{part}": f"{diffusers}.to_{part}" for part in "qkv"}
     WAN_TO_DIFFUSERS |= {f"{wan}.o": f"{diffusers}.to_out.0", wan: diffusers}
+
+VAE_TO_DIFFUSERS = {
+    r"^conv1\.": "quant_conv.",
+    r"^conv2\.": "post_quant_conv.",
+    r"coder\.conv1\.": "coder.conv_in.",
+    r"\.head\.0\.": ".norm_out.",
+    r"\.head\.2\.": ".conv_out.",
+    r"\.middle\.0\.": ".mid_block.resnets.0.",
+    r"\.middle\.1\.": ".mid_block.attentions.0.",
+    r"\.middle\.2\.": ".mid_block.resnets.1.",
+    r"\.downsamples\.": ".down_blocks.",
+    r"\.residual\.0\.": ".norm1.",
+    r"\.residual\.2\.": ".conv1.",
+    r"\.residual\.3\.": ".norm2.",
+    r"\.residual\.6\.": ".conv2.",
+    r"\.shortcut\.": ".conv_shortcut.",
+}
+"""Patterns in the names of a VAE's weights, besides the decoder's blocks, which Wan counts through (``vae_name``)."""
 
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """What FSDP, activation checkpointing and torch.compile insert into the names of the modules that they wrap."""
@@ -54,6 +72,19 @@ def diffusers_names(names: Iterable[str], separator: str = ".") -> list[str]:
         return names
     pattern, renamed = _renaming(separator)
     return [pattern.sub(lambda match: renamed[match[0]], name) for name in names]
+
+
+def vae_name(name: str) -> str:
+    """Return Wan's name of a VAE's weight in diffusers' spelling, an unknown one unchanged."""
+    for pattern, replacement in VAE_TO_DIFFUSERS.items():
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.upsamples\.(\d+)\.", lambda match: f".{_up_block(int(match[1]))}.", name)
+
+
+def _up_block(index: int) -> str:
+    """Return the place of the decoder's block ``index``: of each four, three are residual and one upsamples."""
+    block, part = divmod(index, 4)
+    return f"up_blocks.{block}." + (f"resnets.{part}" if part < 3 else "upsamplers.0")
 
 
 @cache

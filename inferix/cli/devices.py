@@ -17,7 +17,6 @@ from inferix.errors import InputError
 from inferix.models.base_model import WanCheckpoint
 from inferix.models.config import TransformerConfig
 from inferix.models.kv_offload import OffloadedKVCache
-from inferix.models.tiny_vae import TAEHV
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.pipelines.pipeline import Pipeline
 from inferix.runtime.memory import num_parameters
@@ -108,12 +107,10 @@ def gpu_memory(pipeline: CausalInferencePipeline, low_memory: bool, batch: int |
         encoder: Any = pipeline.text_encoder.model
         parts["text encoder"] = num_parameters(encoder.encoder.block[0] if low_memory else encoder) * item
     if pipeline.vae is not None:
-        vae: Any = pipeline.vae.model
-        parts["VAE"] = (num_parameters(vae) + num_parameters(pipeline.vae.decoder)) * item
-        tiny = isinstance(pipeline.vae.model, TAEHV)
-        base_dim = vae.encoder[0].out_channels if tiny else vae.config.base_dim
-        activations = vae_memory(config, batch, base_dim, item, low_memory)
-        parts["VAE's activations"] = activations // (ranks if pipeline.vae.can_share else 1)
+        vae = pipeline.vae
+        parts["VAE"] = (vae.num_encoder_parameters + num_parameters(vae.decoder)) * item
+        activations = vae_memory(config, batch, vae.base_dim, item, low_memory)
+        parts["VAE's activations"] = activations // (ranks if vae.can_share else 1)
     return parts
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 
 from inferix.checkpoints.containers import infer_sizes, read_transformer
 from inferix.checkpoints.files import load_json, load_sharded_safetensors, load_strict
@@ -78,10 +77,8 @@ class WanCheckpoint:
         if not self.diffusers:
             return WanVAE.from_file(self.folder / "Wan2.1_VAE.pth")
         folder = self.folder / "vae"
-        with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(load_json(folder / "config.json"))
-        load_strict(model, load_sharded_safetensors(folder, "diffusion_pytorch_model"), folder)
-        return WanVAE(model)
+        state, config = load_sharded_safetensors(folder, "diffusion_pytorch_model"), load_json(folder / "config.json")
+        return WanVAE(state, config, folder)
 
     def find_tiny_vae(self) -> Path:
         """Return the tiny VAE's file. Raises InputError where there is none."""

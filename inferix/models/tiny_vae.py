@@ -6,7 +6,6 @@ what its decoder does, faster, and piece by piece; ``TinyVAE`` is what a pipelin
 Latents are [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_safetensors, load_strict
 from inferix.errors import InputError
 from inferix.models.clip_decoder import FeatCache
-from inferix.models.vae import VAE
+from inferix.models.vae import LATENTS_MEAN, LATENTS_STD, VAE
 from inferix.models.vae_decoder import conv3d, frozen
+from inferix.runtime.memory import num_parameters
 
 FRAMES_PER_LATENT = 4
 LATENT_CHANNELS = 16
@@ -349,12 +348,6 @@ class TinyDecoder(nn.Module):
         return self.head(self.stages[-1](frames, feat_cache), skip=FRAMES_PER_LATENT - 1 if feat_cache.first else 0)
 
 
-def latents_statistics() -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the Wan 2.1 VAE's latents, [16] each: diffusers' defaults."""
-    defaults = inspect.signature(AutoencoderKLWan).parameters
-    return torch.tensor(defaults["latents_mean"].default), torch.tensor(defaults["latents_std"].default)
-
-
 class TinyVAE(VAE):
     """TAEHV in the place of ``WanVAE``.
 
@@ -364,10 +357,14 @@ class TinyVAE(VAE):
     """
 
     def __init__(self, model: TAEHV, normalized: bool = True):
-        mean, std = latents_statistics()
+        mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
         if normalized:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        super().__init__(model, TinyDecoder(model), mean, std)
+        super().__init__(TinyDecoder(model), mean, std)
+        self.model = model.eval().requires_grad_(False)
+        self.model.decoder = None  # of which ``TinyDecoder`` has copies
+        self.base_dim = self.model.encoder[0].out_channels
+        self.num_encoder_parameters = num_parameters(model)
 
     @classmethod
     def from_file(cls, path: Path) -> "TinyVAE":
@@ -383,6 +380,9 @@ class TinyVAE(VAE):
 
     def warm_up(self, shape: Sequence[int]) -> None:
         """Do nothing: its functions are compiled when the first clip calls them."""
+
+    def load_encoder(self) -> None:
+        """Do nothing: the network is small and loaded."""
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode(pixels / 2 + 0.5)

@@ -1,4 +1,4 @@
-"""The Wan 2.1 video VAE, loaded from the original file: diffusers' encoder and a streaming decoder.
+"""The Wan 2.1 video VAE: diffusers' encoder and a streaming decoder.
 
 Latents are normalised, [B, F, 16, h, w]; pixels are [B, T, 3, 8h, 8w] with T = 4*(F-1) + 1.
 """
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_strict
+from inferix.checkpoints.keys import vae_name
 from inferix.distributed.context_parallel import ContextParallel
 from inferix.errors import InputError
 from inferix.models.clip_decoder import ClipDecoder
@@ -24,6 +23,16 @@ from inferix.models.vae_decoder import VAEDecoder
 
 FRAMES_AT_ONCE = 3
 """Latent frames that are decoded together, which bounds the memory."""
+LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+"""Of the Wan 2.1 VAE's latents, one number a channel."""
+LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+"""Their standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +67,20 @@ class VAE(ABC):
     can_share = False
     """Whether the decoder takes part of a frame's rows on each rank of a job."""
 
-    def __init__(self, model: Any, decoder: Any, mean: Tensor, std: Tensor):
-        """Keep the encoder of ``model`` and free its decoder, whose weights ``decoder`` has copied.
+    model: Any = None
+    """The network with its encoder; None where nothing was encoded yet, and on the ranks that never encode."""
+    base_dim: int
+    """Channels of the widest activations."""
+    num_encoder_parameters: int
+
+    def __init__(self, decoder: Any, mean: Tensor, std: Tensor):
+        """Take over a decoder.
 
         Args:
-            model: a module with the halves ``encoder`` and ``decoder``.
             decoder: a module that ``ClipDecoder`` calls, as ``VAEDecoder.forward``.
-            mean: of ``model``'s latents, one number a channel.
+            mean: of the network's own latents, one number a channel.
             std: their standard deviation, one number a channel.
         """
-        self.model = model.eval().requires_grad_(False)
-        self.model.decoder = None
         self.decoder = decoder
         self.mean, self.std = mean.view(1, 1, -1, 1, 1), std.view(1, 1, -1, 1, 1)
         self.low_memory = False
@@ -86,7 +98,7 @@ class VAE(ABC):
         """Decode together with all ranks of a job from now on. Ranks but the main process give up their encoder."""
         self.context_parallel = context_parallel
         if not context_parallel.is_main_process:
-            self.model.encoder = None
+            self.model = None
 
     def take_part(self, request: DecodeRequest) -> None:
         """Decode this rank's rows of what the main process decodes: what the others do with its requests."""
@@ -107,9 +119,14 @@ class VAE(ABC):
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         self.pool.clear()
         self.decoder.to(device, dtype)
-        nn.Module.to(self.model, device, dtype)  # past diffusers' warning about modules it keeps in float32
+        if self.model is not None:
+            nn.Module.to(self.model, device, dtype)  # past diffusers' warning about modules it keeps in float32
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
+
+    @abstractmethod
+    def load_encoder(self) -> None:
+        """Load what ``encode`` needs, which it does itself where that was not done before."""
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -118,6 +135,7 @@ class VAE(ABC):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Return latents [B, F, 16, H/8, W/8] of pixels [B, T, 3, H, W] in [-1, 1]."""
+        self.load_encoder()
         latents = self._encode(pixels.to(self.device, self.dtype))
         return ((latents.float() - self.mean) / self.std).to(self.dtype)
 
@@ -155,25 +173,38 @@ class VAE(ABC):
 
 
 class WanVAE(VAE):
-    """The Wan 2.1 VAE."""
+    """The Wan 2.1 VAE.
+
+    Args:
+        state: weights under the names of diffusers' ``AutoencoderKLWan``. The decoder's are copied, the encoder's kept as
+            they are until something is encoded.
+        config: that class's arguments.
+        source: where they are from, for error messages.
+
+    Raises InputError where this is another VAE.
+    """
 
     can_share = True
 
-    def __init__(self, model: AutoencoderKLWan):
-        """Keep the encoder of ``model`` and free its decoder, whose weights are copied to a ``VAEDecoder``."""
-        if model.config.is_residual:
+    def __init__(self, state: StateDict, config: dict[str, Any], source: Path = Path("the VAE")):
+        if config.get("is_residual"):
             raise InputError("this is the Wan 2.2 VAE; the models here go with the Wan 2.1 VAE")
-        mean, std = torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
-        super().__init__(model, VAEDecoder(model), mean, std)
+        try:
+            decoder = VAEDecoder(state)
+        except KeyError as error:
+            raise InputError(f"{source} lacks {error.args[0]}: it is not the kind of VAE expected here") from None
+        mean, std = config.get("latents_mean", LATENTS_MEAN), config.get("latents_std", LATENTS_STD)
+        super().__init__(decoder, torch.tensor(mean), torch.tensor(std))
+        self.config, self.base_dim, self.source = config, config["base_dim"], source
+        self.encoder_state = {k: v for k, v in state.items() if not k.startswith(("decoder.", "post_quant_conv."))}
+        self.num_encoder_parameters = sum(tensor.numel() for tensor in self.encoder_state.values())
 
     @classmethod
     def from_file(cls, path: Path) -> "WanVAE":
         """Load ``Wan2.1_VAE.pth``, of any width."""
         state = load_pickle(path)
-        with torch.device("meta"):
-            model = AutoencoderKLWan(**vae_config(state))
-        load_strict(model, convert_wan_vae_to_diffusers(state), path)
-        return cls(model)
+        config = vae_config(state)
+        return cls({vae_name(name): tensor for name, tensor in state.items()}, config, path)
 
     @torch.no_grad()
     def warm_up(self, shape: Sequence[int]) -> None:
@@ -185,6 +216,18 @@ class WanVAE(VAE):
         decoder = self.acquire((batch, height, width))
         decoder.warm_up(piece.to(self.device, self.dtype))
         self.pool.append(decoder)
+
+    def load_encoder(self) -> None:
+        """Build diffusers' network without its decoder. Raises InputError where the weights do not fit it."""
+        if self.model is not None:
+            return
+        from diffusers import AutoencoderKLWan  # takes most of a second
+
+        with torch.device("meta"):
+            model: Any = AutoencoderKLWan.from_config(self.config)
+        model.decoder = model.post_quant_conv = None
+        load_strict(model, self.encoder_state, self.source)
+        self.model = nn.Module.to(model.eval().requires_grad_(False), self.device, self.dtype)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Return the mean of the distribution."""

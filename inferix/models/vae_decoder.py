@@ -1,6 +1,6 @@
 """A streaming decoder for the Wan 2.1 video VAE with static memory.
 
-It takes its weights from diffusers' ``AutoencoderKLWan`` and computes the same function, block by block. Why it is fast:
+It takes the weights of diffusers' ``AutoencoderKLWan`` and computes the same function, block by block. Why it is fast:
 
 - Activations are [B, T, H, W, C] everywhere. A convolution reads them, permuted, as channels-last, so that no layout is
   ever converted, and the norm over channels is a norm over rows.
@@ -14,17 +14,40 @@ Shapes: B batch, T frames, H x W pixels and C channels at the layer's place.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from inferix.checkpoints.files import StateDict
 from inferix.models.clip_decoder import FeatCache
 
 EPSILON = 1e-24
 """Keeps the norm of an all-zero row from dividing by zero; too small to change any other."""
+
+
+class Weights(dict[str, Any]):
+    """A layer's tensors, and the ``Weights`` of its parts, by name."""
+
+    def __init__(self, prefix: str = ""):
+        super().__init__()
+        self.prefix = prefix
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(self.prefix + name)
+
+    @classmethod
+    def of(cls, state: StateDict) -> "Weights":
+        """Sort the tensors of ``state`` into layers, numbered ones in their order."""
+        root = cls()
+        for name in sorted(state, key=lambda name: [part.zfill(3) for part in name.split(".")]):
+            *parts, last = name.split(".")
+            weights = root
+            for part in parts:
+                weights = weights.setdefault(part, cls(f"{weights.prefix}{part}."))
+            weights[last] = state[name]
+        return root
 
 
 def kernel_on_gpu(function: Callable) -> Callable:
@@ -84,7 +107,7 @@ def to_pixels(taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """Return a copy that shares no memory with the source model, so that the model can be freed."""
+    """Return a copy that shares no memory with the tensor, so that what it belongs to can be freed."""
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
@@ -104,11 +127,12 @@ def conv2d(frames: Tensor, weight: Tensor, feat_cache: FeatCache) -> Tensor:
 class CausalConv3d(nn.Module):
     """Convolves every frame together with the two before it."""
 
-    def __init__(self, source: Any, bias: bool):
+    def __init__(self, weights: Weights, bias: bool):
         super().__init__()
-        self.weight = frozen(source.weight.contiguous(memory_format=torch.channels_last_3d))
-        self.bias = frozen(source.bias) if bias else None
-        self.padding = (0, source.kernel_size[1] // 2, source.kernel_size[2] // 2)
+        self.weight = frozen(weights["weight"].contiguous(memory_format=torch.channels_last_3d))
+        self.bias = frozen(weights["bias"]) if bias else None
+        _, height, width = self.weight.shape[2:]
+        self.padding = (0, height // 2, width // 2)
 
     def buffer(self, x: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         """Return what ``forward`` takes for frames like x [B, T, H, W, C], and the view of it that they belong into.
@@ -133,9 +157,9 @@ class CausalConv3d(nn.Module):
 class Norm(nn.Module):
     """RMS norm over channels and SiLU, in float32, of the sum of x, the bias that was not added to x yet, and the residual."""
 
-    def __init__(self, source: Any, bias: Tensor | None):
+    def __init__(self, weights: Weights, bias: Tensor | None):
         super().__init__()
-        self.gamma = frozen(source.gamma.flatten())
+        self.gamma = frozen(weights["gamma"].flatten())
         self.bias = frozen(torch.zeros_like(self.gamma) if bias is None else bias)
 
     def forward(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
@@ -152,18 +176,17 @@ class ResidualBlock(nn.Module):
     The sum is left to the next layer: a layer takes and returns ``x`` and the ``residual`` to add to it, None if there is none.
     """
 
-    def __init__(self, source: Any, bias: Tensor | None):
+    def __init__(self, weights: Weights, bias: Tensor | None):
         """``bias`` is that of the convolution before, which has not been added to ``x`` yet."""
         super().__init__()
-        self.norm1 = Norm(source.norm1, bias)
-        self.conv1 = CausalConv3d(source.conv1, bias=False)
-        self.norm2 = Norm(source.norm2, source.conv1.bias)
-        self.conv2 = CausalConv3d(source.conv2, bias=False)
+        self.norm1 = Norm(weights["norm1"], bias)
+        self.conv1 = CausalConv3d(weights["conv1"], bias=False)
+        self.norm2 = Norm(weights["norm2"], weights["conv1"]["bias"])
+        self.conv2 = CausalConv3d(weights["conv2"], bias=False)
         self.shortcut = None
-        if isinstance(source.conv_shortcut, nn.Conv3d):
-            shortcut: Any = source.conv_shortcut
-            self.shortcut = frozen(shortcut.weight.flatten(1))
-            self.shortcut_bias = frozen(shortcut.bias)
+        if "conv_shortcut" in weights:
+            self.shortcut = frozen(weights["conv_shortcut"]["weight"].flatten(1))
+            self.shortcut_bias = frozen(weights["conv_shortcut"]["bias"])
 
     def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         frames, new = self.conv1.buffer(x, feat_cache)
@@ -180,12 +203,13 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head within every frame."""
 
-    def __init__(self, source: Any, bias: Tensor):
+    def __init__(self, weights: Weights, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
-        self.gamma = frozen(source.norm.gamma.flatten())
-        self.qkv, self.qkv_bias = frozen(source.to_qkv.weight.flatten(1)), frozen(source.to_qkv.bias)
-        self.proj, self.proj_bias = frozen(source.proj.weight.flatten(1)), frozen(source.proj.bias)
+        self.gamma = frozen(weights["norm"]["gamma"].flatten())
+        qkv, proj = weights["to_qkv"], weights["proj"]
+        self.qkv, self.qkv_bias = frozen(qkv["weight"].flatten(1)), frozen(qkv["bias"])
+        self.proj, self.proj_bias = frozen(proj["weight"].flatten(1)), frozen(proj["bias"])
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(residual, x, self.bias)
@@ -206,18 +230,16 @@ class Upsample(nn.Module):
     output pixel of a 2x2 group sees only 2x2 different input pixels. That is 4/9 of the arithmetic.
     """
 
-    def __init__(self, source: Any, bias: Tensor):
+    def __init__(self, weights: Weights, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
-        self.time_conv = CausalConv3d(source.time_conv, bias=True) if hasattr(source, "time_conv") else None
-        conv = source.resample[1]
+        self.time_conv = CausalConv3d(weights["time_conv"], bias=True) if "time_conv" in weights else None
+        conv = weights["resample"]["1"]["weight"]
         # fold[a, p, k] = 1 where row k of the 3x3 kernel falls on input row p of the two that output row a sees
         fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
-        weight = (
-            torch.einsum("apk,bql,oikl->aboipq", fold, fold, conv.weight.float()).flatten(0, 2).to(conv.weight.dtype)
-        )
+        weight = torch.einsum("apk,bql,oikl->aboipq", fold, fold, conv.float()).flatten(0, 2).to(conv.dtype)
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))  # [2*2*C', C, 2, 2]
-        self.conv_bias = frozen(conv.bias)
+        self.conv_bias = frozen(weights["resample"]["1"]["bias"])
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(residual, x, self.bias)
@@ -255,13 +277,13 @@ class Head(nn.Module):
     three positions in time that it can have (nine channels), and those nine channels are cached.
     """
 
-    def __init__(self, norm: Any, conv: Any, bias: Tensor):
+    def __init__(self, norm: Weights, conv: Weights, bias: Tensor):
         super().__init__()
         self.norm = Norm(norm, bias)
-        weight = conv.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first
+        weight = conv["weight"].permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first
         weight = F.pad(weight, (0, 0) * 3 + (0, 7))  # sixteen channels: tensor cores want a multiple of eight
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))
-        self.bias = frozen(conv.bias)
+        self.bias = frozen(conv["bias"])
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> Tensor:
         """To pixels [B, T, 3, H, W] in [0, 1], float32."""
@@ -276,31 +298,35 @@ class Head(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """The decoder of ``model``, with copies of its weights."""
+    """The decoder, with copies of its weights.
 
-    def __init__(self, model: AutoencoderKLWan):
+    Args:
+        state: the whole VAE's weights under the names of diffusers' ``AutoencoderKLWan``.
+
+    Raises KeyError for a weight that is not there.
+    """
+
+    def __init__(self, state: StateDict):
         super().__init__()
-        source = model.decoder
-        self.post_quant, self.post_quant_bias = (
-            frozen(model.post_quant_conv.weight.flatten(1)),
-            frozen(model.post_quant_conv.bias),
-        )
-        self.conv_in = CausalConv3d(source.conv_in, bias=True)
-        before, after = source.mid_block.resnets
-        (attention,) = source.mid_block.attentions
-        layers = [ResidualBlock(before, None), Attention(attention, before.conv2.bias), ResidualBlock(after, None)]
-        bias = after.conv2.bias
-        for block in source.up_blocks:
-            for resnet in block.resnets:
+        root = Weights.of(state)
+        weights, post_quant = root["decoder"], root["post_quant_conv"]
+        self.post_quant, self.post_quant_bias = frozen(post_quant["weight"].flatten(1)), frozen(post_quant["bias"])
+        self.conv_in = CausalConv3d(weights["conv_in"], bias=True)
+        before, after = weights["mid_block"]["resnets"].values()
+        attention = Attention(weights["mid_block"]["attentions"]["0"], before["conv2"]["bias"])
+        layers = [ResidualBlock(before, None), attention, ResidualBlock(after, None)]
+        bias = after["conv2"]["bias"]
+        for block in weights["up_blocks"].values():
+            for resnet in block["resnets"].values():
                 layers.append(ResidualBlock(resnet, bias))
-                bias = resnet.conv2.bias
-            if block.upsamplers is not None:
-                layers.append(Upsample(block.upsamplers[0], bias))
+                bias = resnet["conv2"]["bias"]
+            if "upsamplers" in block:
+                layers.append(Upsample(block["upsamplers"]["0"], bias))
                 bias = None
         self.layers = nn.ModuleList(layers)
         self.last_upsample = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
         """Index of the first layer after the last one that doubles the frames."""
-        self.head = Head(source.norm_out, source.conv_out, bias)
+        self.head = Head(weights["norm_out"], weights["conv_out"], bias)
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:
         """Latents [B, F, 16, h, w], not normalised, to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.

@@ -47,6 +47,7 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
+        self.pipeline.vae.load_encoder()  # before the first block, so that no rollout waits for it
         visible = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
         start_latents, blending, held = None, Blending(self.config.blend_blocks), list[Tensor]()
         for prompt in islice(each_rollout(prompts), num_rollout):

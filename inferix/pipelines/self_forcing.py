@@ -124,6 +124,7 @@ class SelfForcingPipeline(Pipeline):
 
         Raises InputError where it is missing, not an image, or larger than ``MAX_PIXELS``.
         """
+        self.pipeline.vae.load_encoder()  # which a clip that starts from the image needs
         name = path if isinstance(path, str | Path) else "that was sent"
         height, width = (8 * size for size in self.config.image_or_video_shape[-2:])
         try:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import BASE
 from diffusers import WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import load_file
 
 from inferix import InputError
 from inferix.checkpoints.containers import infer_sizes, load_checkpoint, read_transformer
 from inferix.checkpoints.files import load_strict
-from inferix.checkpoints.keys import diffusers_names
+from inferix.checkpoints.keys import diffusers_names, vae_name
 from inferix.models.config import TransformerConfig
 from inferix.models.transformer import CausalWanTransformer
 
@@ -41,6 +41,13 @@ def test_names_are_those_that_diffusers_gives():
     converted = convert_wan_transformer_to_diffusers({name: name for name in names})
     assert diffusers_names(names) == list(converted)
     assert diffusers_names(converted) == list(converted)
+
+
+def test_a_vaes_names_are_those_that_diffusers_gives():
+    state = torch.load(BASE / "Wan2.1_VAE.pth", weights_only=True)
+    converted = convert_wan_vae_to_diffusers(dict(state))
+    assert len(state) == 194
+    assert {vae_name(name): id(tensor) for name, tensor in state.items()} == {k: id(v) for k, v in converted.items()}
 
 
 def test_names_with_underscores_for_dots():

@@ -21,7 +21,8 @@ CLIPS = {"even": (1, 7, 16, 4, 6), "uneven": (1, 7, 16, 7, 5), "batch": (2, 4, 1
 def build() -> WanVAE:
     """Return a VAE of random weights."""
     torch.manual_seed(0)
-    return WanVAE(AutoencoderKLWan(base_dim=8))
+    model = AutoencoderKLWan(base_dim=8)
+    return WanVAE(model.state_dict(), dict(model.config))
 
 
 def latents(name: str) -> Tensor:

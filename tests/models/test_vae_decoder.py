@@ -1,6 +1,9 @@
 """Our VAE decoder computes what diffusers' does, whole, in pieces, in any precision, for one clip after the other."""
 
 import gc
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from torch import Tensor
 from triton_targets import SHARED_MEMORY, compile_for, interpreted_module
 
 from inferix.errors import InputError
-from inferix.models import vae_decoder
+from inferix.models import vae, vae_decoder
 from inferix.models.clip_decoder import FeatCache
-from inferix.models.vae import StreamingDecoder, WanVAE
+from inferix.models.vae import LATENTS_MEAN, LATENTS_STD, StreamingDecoder, WanVAE
 from inferix.models.vae_decoder import VAEDecoder
+from inferix.runtime.memory import num_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +32,14 @@ def library_model(base_dim: int = 8) -> AutoencoderKLWan:
         if name.endswith("gamma"):
             weight.add_(0.2 * torch.randn_like(weight))
     return model
+
+
+def decoder_of(model: AutoencoderKLWan) -> VAEDecoder:
+    return VAEDecoder(model.state_dict())
+
+
+def wan_vae(model: AutoencoderKLWan) -> WanVAE:
+    return WanVAE(model.state_dict(), dict(model.config))
 
 
 def library_decode(model: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -51,7 +63,7 @@ def assert_same(actual: Tensor, wanted: Tensor) -> None:
 def test_like_the_library(base_dim, batch, lengths, size):
     model = library_model(base_dim)
     latents = torch.randn(batch, sum(lengths), 16, *size)
-    wanted, decoder = library_decode(model, latents), VAEDecoder(model)
+    wanted, decoder = library_decode(model, latents), decoder_of(model)
     assert wanted.std() > 0.05
     assert_same(decoder(latents, FeatCache()), wanted)
     pieces = in_pieces(decoder, latents, lengths)
@@ -65,7 +77,7 @@ def test_in_bfloat16_no_further_off_than_the_library():
     exact = library_decode(model, latents)
     model = model.to(torch.bfloat16)
     latents = latents.to(torch.bfloat16)
-    ours = torch.cat(in_pieces(VAEDecoder(model), latents, (1, 3)), dim=1)
+    ours = torch.cat(in_pieces(decoder_of(model), latents, (1, 3)), dim=1)
     assert ours.dtype == torch.float32
     assert (ours - exact).norm() <= 1.1 * (library_decode(model, latents) - exact).norm()
 
@@ -73,7 +85,7 @@ def test_in_bfloat16_no_further_off_than_the_library():
 def test_streams_do_not_disturb_each_other():
     model = library_model()
     latents = torch.randn(2, 1, 7, 16, 2, 4)
-    vae = WanVAE(model)
+    vae = wan_vae(model)
     wanted = [vae.decode(clip) for clip in latents]
     streams = [StreamingDecoder(vae), StreamingDecoder(vae)]
     pieces = [[stream(clip[:, at : at + 3]) for stream, clip in zip(streams, latents)] for at in (0, 3, 6)]
@@ -90,8 +102,8 @@ def test_streams_do_not_disturb_each_other():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_warm_up_leaves_nothing_in_the_next_clip(device):
     torch.manual_seed(0)
-    latents, wanted = torch.randn(1, 7, 16, 2, 4), WanVAE(library_model())
-    vae = WanVAE(library_model()).to(torch.device(device), torch.float32)
+    latents, wanted = torch.randn(1, 7, 16, 2, 4), wan_vae(library_model())
+    vae = wan_vae(library_model()).to(torch.device(device), torch.float32)
     vae.warm_up((1, 3, 16, 2, 4))
     assert len(vae.pool) == 1
     for _ in range(2):
@@ -102,7 +114,7 @@ def test_a_warm_up_leaves_nothing_in_the_next_clip(device):
 
 
 def test_with_little_memory_it_is_the_same():
-    vae = WanVAE(library_model())
+    vae = wan_vae(library_model())
     latents = torch.randn(1, 7, 16, 2, 4)
     wanted = vae.decode(latents)
     vae.low_memory = True
@@ -111,7 +123,7 @@ def test_with_little_memory_it_is_the_same():
 
 
 def test_zeros_stay_finite():
-    decoder = VAEDecoder(library_model())
+    decoder = decoder_of(library_model())
     for weight in decoder.parameters():
         weight.zero_()
     assert_same(decoder(torch.zeros(1, 2, 16, 2, 2), FeatCache()), torch.full((1, 5, 3, 16, 16), 0.5))
@@ -119,7 +131,44 @@ def test_zeros_stay_finite():
 
 def test_another_vae_is_refused():
     with pytest.raises(InputError, match="Wan 2.2"):
-        WanVAE(AutoencoderKLWan(base_dim=8, is_residual=True))
+        wan_vae(AutoencoderKLWan(base_dim=8, is_residual=True))
+
+
+def test_a_weight_is_missing():
+    """Of the decoder at once, of the encoder when it is needed."""
+    model = library_model()
+    state, config = model.state_dict(), dict(model.config)
+    with pytest.raises(InputError, match=r"the VAE lacks decoder\.conv_out"):
+        WanVAE({name: tensor for name, tensor in state.items() if "decoder.conv_out" not in name}, config)
+    incomplete = WanVAE({name: tensor for name, tensor in state.items() if name != "quant_conv.bias"}, config)
+    with pytest.raises(InputError, match=r"lacks 1 tensors and has 0 unknown ones, such as quant_conv\.bias"):
+        incomplete.load_encoder()
+
+
+def test_the_encoder_is_the_librarys():
+    model = library_model()
+    vae, pixels = wan_vae(model), torch.rand(1, 5, 3, 16, 32) * 2 - 1
+    wanted = model.encode(pixels.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    mean, std = (torch.tensor(model.config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
+    assert_same(vae.encode(pixels), (wanted - mean) / std)
+    assert num_parameters(vae.model) == vae.num_encoder_parameters
+
+
+def test_the_library_is_imported_where_it_encodes():
+    """And nowhere else: that takes most of a second of every start."""
+    importing = [
+        path.name
+        for path in Path(vae.__file__).parents[1].rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.match(r"(from|import) diffusers\b", line)
+    ]
+    assert importing == []
+
+
+def test_latents_statistics_are_the_librarys():
+    defaults = inspect.signature(AutoencoderKLWan).parameters
+    assert list(LATENTS_MEAN) == defaults["latents_mean"].default
+    assert list(LATENTS_STD) == defaults["latents_std"].default
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_the_public_weights_load(public_weights, name):
     for model, shapes in ((parts.generator.model, REAL_TRANSFORMER), (parts.text_encoder.model, REAL_UMT5)):
         assert sum(parameter.numel() for parameter in model.parameters()) == sum(map(prod, shapes.values()))
         assert not any(parameter.is_meta for parameter in model.parameters())
-    assert parts.vae.model.config.base_dim == 96
+    assert parts.vae.base_dim == 96
     assert parts.text_encoder.model.config.num_heads == 64 and parts.generator.model.config.num_heads == 12
     assert resident_bytes() - before < 1.5e9  # of 18 GB: the files stay on disk
 
