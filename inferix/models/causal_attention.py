@@ -118,19 +118,18 @@ class CausalSelfAttention:
         Returns:
             The values where they are stored or sent from, and the means of this rank's heads [B, G, H, d], float32.
         """
-        cuda, parallel, groups = value.is_cuda, self.context_parallel, self.kv_cache.num_groups
-        mean = (compiled_token_mean() if cuda else token_mean)(value, groups)
-        target = self.kv_slots[1]
-        if parallel is not None:
-            mean, target = parallel.mean(mean), self.sent[2]
-        (compiled_subtract() if cuda else subtract)(value, mean, target)
-        return target, mean if parallel is None else parallel.local_heads(mean)
+        parallel, groups, slots = self.context_parallel, self.kv_cache.num_groups, self.kv_slots[1]
+        if parallel is None:
+            return slots, on_device(centre, value)(value, groups, slots)
+        mean = parallel.mean(on_device(token_mean, value)(value, groups))
+        on_device(subtract, value)(value, mean, self.sent[2])
+        return self.sent[2], parallel.local_heads(mean)
 
 
 def rotate_sinks(kv_cache: KVCache, rotary_emb: tuple[Tensor, Tensor]) -> None:
     """Rotate every layer's sink keys, which are kept unrotated, to the positions of ``rotary_emb``."""
     assert kv_cache.sink_keys is not None
-    rotate = compiled_rotate() if rotary_emb[0].is_cuda else rotate_frames
+    rotate = on_device(rotate_frames, rotary_emb[0])
     for layer in range(kv_cache.num_layers):
         kv_cache.write_sinks(layer, rotate(kv_cache.sink_keys[layer], *rotary_emb))
 
@@ -138,11 +137,6 @@ def rotate_sinks(kv_cache: KVCache, rotary_emb: tuple[Tensor, Tensor]) -> None:
 def rotate_frames(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate keys [B, F, S, H, d] by a table for F*S tokens."""
     return apply_rope(keys.flatten(1, 2), (cos, sin)).view_as(keys)
-
-
-@cache
-def compiled_rotate() -> Callable:
-    return torch.compile(rotate_frames, dynamic=False)
 
 
 def token_mean(value: Tensor, groups: int) -> Tensor:
@@ -156,11 +150,18 @@ def subtract(value: Tensor, mean: Tensor, out: Tensor) -> None:
     out.copy_(saturating_cast(centred.flatten(1, 2), out.dtype).view(out.shape))
 
 
-@cache
-def compiled_token_mean() -> Callable:
-    return torch.compile(token_mean)  # of other shapes when a whole window is cached anew: dynamic from then on
+def centre(value: Tensor, groups: int, out: Tensor) -> Tensor:
+    """Write ``value`` [B, T, H, d] minus the ``token_mean`` of each group to ``out``, and return the means."""
+    mean = token_mean(value, groups)
+    subtract(value, mean, out)
+    return mean
 
 
 @cache
-def compiled_subtract() -> Callable:
-    return torch.compile(subtract)
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function)  # of other shapes when a whole window is cached anew: dynamic from then on
+
+
+def on_device(function: Callable, tensor: Tensor) -> Callable:
+    """Return ``function`` for tensors on the device of ``tensor``: compiled for a GPU."""
+    return compiled(function) if tensor.is_cuda else function

@@ -136,8 +136,17 @@ class TextEncoder:
         if on_demand:
             self.model.encoder.final_layer_norm.to(device)
         self.offloads = [OnDemandOffload(block, device) for block in self.model.encoder.block] if on_demand else []
-        self.graphs = CUDAGraphs() if device.type == "cuda" and not on_demand else None
+        self.graphs = None
+        if device.type == "cuda" and not on_demand:
+            self.graphs = CUDAGraphs()
+            self.warm_up()
         return self
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compute something, so that the GPU's kernels are loaded: half a second, for most of which other threads can run."""
+        mask = (torch.arange(LENGTH_STEP, device=self.device) < LENGTH_STEP // 2).long()[None]
+        self._encode(self.model.shared.weight.new_zeros(1, LENGTH_STEP, self.model.config.d_model), mask)
 
     def blocks(self) -> Iterator[nn.Module]:
         """Yield every block, moved to the device, to be modified; it is moved back when the next one is requested."""

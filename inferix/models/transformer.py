@@ -205,15 +205,10 @@ class CausalWanTransformer(nn.Module):
         return hidden_states
 
     def compile_repeated_blocks(self) -> None:
-        """Compile what a block computes before and after its self-attention, one code for all blocks, and the output projection.
-
-        A second call does nothing.
-        """
+        """Compile what a block computes before and after its self-attention, one code for all blocks. Idempotent."""
         from inferix.runtime.inductor import compile_methods  # takes seconds to import
 
         compile_methods(self.blocks, "project_qkv", "finish")
-        if "project_out" not in vars(self):
-            self.project_out = torch.compile(self.project_out, dynamic=False)  # type: ignore[method-assign]
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Return the tokens [B, F, S, D] of latents [B, F, C, h, w]: the patch convolution, as one product."""
