@@ -47,7 +47,9 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
-        self.pipeline.vae.load_encoder()  # before the first block, so that no rollout waits for it
+        if self.pipeline.vae.model is None:  # before the first block, so that no rollout waits for its first call
+            height, width = self.config.image_or_video_shape[-2:]
+            self.pipeline.vae.encode(torch.zeros(1, 1, 3, 8 * height, 8 * width))
         visible = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
         start_latents, blending, held = None, Blending(self.config.blend_blocks), list[Tensor]()
         for prompt in islice(each_rollout(prompts), num_rollout):

@@ -149,6 +149,13 @@ def test_causvid_video(causvid):
     assert_near(causvid.generate(PROMPTS[0], num_rollout=2, num_frames=9, generator=generator), video)
 
 
+def test_causvid_loads_the_encoder_before_its_first_block(causvid):
+    """Which the next rollout begins with: importing it then would halt the video for a second."""
+    causvid.pipeline.vae.model = None
+    next(causvid.stream(PROMPTS[0], num_rollout=2, num_frames=9))
+    assert causvid.pipeline.vae.model is not None
+
+
 # --- Causal-Forcing: blocks of one frame, other steps for the first block, an image as frame 0 ---
 
 
