@@ -23,6 +23,8 @@ from inferix.models.vae_decoder import VAEDecoder
 
 FRAMES_AT_ONCE = 3
 """Latent frames that are decoded together, which bounds the memory."""
+BASE_DIM = 96
+"""Channels of the published VAE's widest activations."""
 LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -178,7 +180,7 @@ class WanVAE(VAE):
     Args:
         state: weights under the names of diffusers' ``AutoencoderKLWan``. The decoder's are copied, the encoder's kept as
             they are until something is encoded.
-        config: that class's arguments.
+        config: that class's arguments; what is missing is the published VAE's.
         source: where they are from, for error messages.
 
     Raises InputError where this is another VAE.
@@ -195,7 +197,7 @@ class WanVAE(VAE):
             raise InputError(f"{source} lacks {error.args[0]}: it is not the kind of VAE expected here") from None
         mean, std = config.get("latents_mean", LATENTS_MEAN), config.get("latents_std", LATENTS_STD)
         super().__init__(decoder, torch.tensor(mean), torch.tensor(std))
-        self.config, self.base_dim, self.source = config, config["base_dim"], source
+        self.config, self.base_dim, self.source = config, config.get("base_dim", BASE_DIM), source
         self.encoder_state = {k: v for k, v in state.items() if not k.startswith(("decoder.", "post_quant_conv."))}
         self.num_encoder_parameters = sum(tensor.numel() for tensor in self.encoder_state.values())
 

@@ -14,7 +14,7 @@ from triton_targets import SHARED_MEMORY, compile_for, interpreted_module
 from inferix.errors import InputError
 from inferix.models import vae, vae_decoder
 from inferix.models.clip_decoder import FeatCache
-from inferix.models.vae import LATENTS_MEAN, LATENTS_STD, StreamingDecoder, WanVAE
+from inferix.models.vae import BASE_DIM, LATENTS_MEAN, LATENTS_STD, StreamingDecoder, WanVAE
 from inferix.models.vae_decoder import VAEDecoder
 from inferix.runtime.memory import num_parameters
 
@@ -165,10 +165,11 @@ def test_the_library_is_imported_where_it_encodes():
     assert importing == []
 
 
-def test_latents_statistics_are_the_librarys():
+def test_what_a_config_may_lack_is_the_librarys():
     defaults = inspect.signature(AutoencoderKLWan).parameters
     assert list(LATENTS_MEAN) == defaults["latents_mean"].default
     assert list(LATENTS_STD) == defaults["latents_std"].default
+    assert defaults["base_dim"].default == BASE_DIM
 
 
 @pytest.fixture
