@@ -18,7 +18,6 @@ from generator import BLOCK, SCHEDULES, World
 from inferix.checkpoints.files import load_pickle, load_strict
 from inferix.models.base_model import WanCheckpoint
 from inferix.models.vae import vae_config
-from text import TEXT_LEN
 from vae import half_precision
 from world import STARTS, Scene, render_many
 
@@ -47,7 +46,7 @@ class DemoModel:
         base = WanCheckpoint(weights / BASE)
         text_encoder = base.text_encoder()
         self.transformer = base.transformer().to(device, torch.float32)
-        self.text_encoder, self.tokenizer = text_encoder.model.to(device, torch.float32), text_encoder.tokenizer
+        self.text_encoder, self.tokenize = text_encoder.model.to(device, torch.float32), text_encoder.tokenize
         path = weights / BASE / "Wan2.1_VAE.pth"
         state = load_pickle(path)
         self.vae = AutoencoderKLWan(**vae_config(state))
@@ -78,9 +77,7 @@ class DemoModel:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prompts' tokens and mask, both [B, TEXT_LEN], and embeddings [B, TEXT_LEN, text_dim]."""
-        padded = {"padding": "max_length", "max_length": TEXT_LEN, "return_tensors": "pt"}
-        tokens = self.tokenizer(prompts, **padded).to(self.device)
-        ids, mask = tokens.input_ids, tokens.attention_mask
+        ids, mask = (tensor.to(self.device) for tensor in self.tokenize(prompts))
         return ids, mask, self.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
     @torch.no_grad()

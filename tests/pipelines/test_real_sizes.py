@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoTokenizer
 
 from inferix import CausVidPipeline, InputError, SelfForcingPipeline
 from inferix.checkpoints.containers import read_transformer
@@ -207,7 +208,7 @@ def diffusers_folder(tmp_path_factory, self_forcing) -> Path:
     vae.load_state_dict(convert_wan_vae_to_diffusers(state), strict=True)
     vae.save_pretrained(folder / "vae")
     self_forcing.pipeline.text_encoder.model.save_pretrained(folder / "text_encoder")
-    self_forcing.pipeline.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    AutoTokenizer.from_pretrained(BASE / "google/umt5-xxl").save_pretrained(folder / "tokenizer")
     return folder
 
 
