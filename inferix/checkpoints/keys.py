@@ -74,10 +74,16 @@ def diffusers_names(names: Iterable[str], separator: str = ".") -> list[str]:
     return [pattern.sub(lambda match: renamed[match[0]], name) for name in names]
 
 
+def substitute(name: str, patterns: dict[str, str]) -> str:
+    """Return ``name`` with every regular expression in ``patterns`` replaced, one after the other."""
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def vae_name(name: str) -> str:
     """Return Wan's name of a VAE's weight in diffusers' spelling, an unknown one unchanged."""
-    for pattern, replacement in VAE_TO_DIFFUSERS.items():
-        name = re.sub(pattern, replacement, name)
+    name = substitute(name, VAE_TO_DIFFUSERS)
     return re.sub(r"\.upsamples\.(\d+)\.", lambda match: f".{_up_block(int(match[1]))}.", name)
 
 

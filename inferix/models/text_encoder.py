@@ -23,6 +23,7 @@ from inferix.checkpoints.files import (
     load_sharded_safetensors,
     load_strict,
 )
+from inferix.checkpoints.keys import substitute
 from inferix.errors import InputError, input_errors
 from inferix.runtime.cuda_graphs import CUDAGraphs
 from inferix.runtime.on_demand import OnDemandOffload
@@ -46,12 +47,7 @@ RENAMES = {
 
 def convert_umt5_to_transformers(state: StateDict) -> StateDict:
     """Rename Wan's UMT5 encoder weights; keys that match nothing stay as they are."""
-    renamed = {}
-    for key, tensor in state.items():
-        for pattern, replacement in RENAMES.items():
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = tensor
-    return renamed
+    return {substitute(key, RENAMES): tensor for key, tensor in state.items()}
 
 
 def umt5_config(state: StateDict) -> UMT5Config:
