@@ -17,7 +17,6 @@ decode.
 
 import atexit
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -248,11 +247,6 @@ def scatter_qkv(received: Tensor, keys: Tensor, values: Tensor, num_frames: int)
 def tokens_by_frame(received: Tensor, num_frames: int) -> Tensor:
     """Return a view [B, F, U, t, H, d] of received tokens [U, B, F*t, H, d]."""
     return received.unflatten(2, (num_frames, -1)).permute(1, 2, 0, 3, 4, 5)
-
-
-@cache
-def compiled_scatter_qkv() -> Callable:
-    return torch.compile(scatter_qkv)
 
 
 def shutdown() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inferix.distributed.context_parallel import ContextParallel, compiled_scatter_qkv, scatter_qkv, tokens_by_frame
+from inferix.distributed.context_parallel import ContextParallel, scatter_qkv, tokens_by_frame
 from inferix.models.attention import PartialAttention, merge_partials, partial_attention, saturating_cast
 from inferix.models.kv_cache import KVCache
 from inferix.models.rope import apply_rope
@@ -91,8 +91,7 @@ class CausalSelfAttention:
             received = parallel.all_to_all_heads(sent)[:, 0]
             kv_cache.store_sinks(self.layer, tokens_by_frame(received, frames).flatten(1, 3))
         received = parallel.all_to_all_heads(self.sent)
-        scatter = compiled_scatter_qkv() if received.is_cuda else scatter_qkv
-        query = scatter(received, *self.kv_slots, frames)
+        query = on_device(scatter_qkv, received)(received, *self.kv_slots, frames)
         keys, values = kv_cache.update(self.layer, *self.kv_slots, value_mean)
         if self.only_cache:
             kv_cache.release(self.layer)
