@@ -146,9 +146,8 @@ def _hash(*versions: tuple[Path, int]) -> str:
     for path, _ in versions:
         if path.stat().st_size:  # an empty file cannot be mapped
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                digest.update(
-                    content
-                )  # one call for all: beside a thread that computes each would wait for Python's lock
+                # in one call: beside a thread that computes, each call would wait for Python's lock
+                digest.update(content)
     return digest.hexdigest()
 
 

@@ -97,10 +97,8 @@ class VAE(ABC):
         """On the other ranks: this rank's part of the main process's streams."""
 
     def share(self, context_parallel: ContextParallel) -> None:
-        """Decode together with all ranks of a job from now on. Ranks but the main process give up their encoder."""
+        """Decode together with all ranks of a job from now on."""
         self.context_parallel = context_parallel
-        if not context_parallel.is_main_process:
-            self.model = None
 
     def take_part(self, request: DecodeRequest) -> None:
         """Decode this rank's rows of what the main process decodes: what the others do with its requests."""

@@ -124,7 +124,6 @@ class SelfForcingPipeline(Pipeline):
 
         Raises InputError where it is missing, not an image, or larger than ``MAX_PIXELS``.
         """
-        self.pipeline.vae.load_encoder()  # which a clip that starts from the image needs
         name = path if isinstance(path, str | Path) else "that was sent"
         height, width = (8 * size for size in self.config.image_or_video_shape[-2:])
         try:
@@ -138,6 +137,7 @@ class SelfForcingPipeline(Pipeline):
             raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             raise InputError(f"image {name} cannot be read: use a PNG or JPEG file") from None
+        self.pipeline.vae.load_encoder()  # which a clip that starts from the image needs
         scale = max(height / image.height, width / image.width)
         image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
         left, top = (image.width - width) // 2, (image.height - height) // 2
