@@ -231,22 +231,22 @@ class ContextParallel:
         return out, lse.contiguous().view(torch.float32).squeeze(-1).transpose(2, 3)
 
 
-def scatter_qkv(received: Tensor, keys: Tensor, values: Tensor, num_frames: int) -> Tensor:
-    """Sort what ``all_to_all_heads`` returned for queries, keys and values, [U, 3, B, T, H, d].
+def scatter_qkv(received: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Sort what ``all_to_all_heads`` returned for queries, keys and values, as [U, 3, B, F, t, H, d].
 
-    Write ``keys`` and ``values`` [B, U*T, H, d], the tokens of a frame together; return the queries [B, U*T, H, d], by owner.
+    Write ``keys`` and ``values`` [B, U*F*t, H, d], the tokens of a frame together; return the queries, by owner, alike.
     """
-    query, *new = received.unbind(1)
-    sources = [query.transpose(0, 1), *(tokens_by_frame(tensor, num_frames) for tensor in new)]
+    query, key, value = received.unbind(1)
+    sources = [query.transpose(0, 1), tokens_by_frame(key), tokens_by_frame(value)]
     queries = torch.empty_like(keys, memory_format=torch.contiguous_format)
     targets = [target.view(source.shape) for target, source in zip((queries, keys, values), sources)]
     torch._foreach_copy_(targets, sources)  # one kernel when compiled
     return queries
 
 
-def tokens_by_frame(received: Tensor, num_frames: int) -> Tensor:
-    """Return a view [B, F, U, t, H, d] of received tokens [U, B, F*t, H, d]."""
-    return received.unflatten(2, (num_frames, -1)).permute(1, 2, 0, 3, 4, 5)
+def tokens_by_frame(received: Tensor) -> Tensor:
+    """Return a view [B, F, U, t, H, d] of received tokens [U, B, F, t, H, d]."""
+    return received.permute(1, 2, 0, 3, 4, 5)
 
 
 def shutdown() -> None:

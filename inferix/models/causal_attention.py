@@ -1,7 +1,6 @@
 """Self-attention of the current block of frames over the window in the key-value cache, on one rank or several."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -89,9 +88,9 @@ class CausalSelfAttention:
             sent = parallel.send_buffers((batch, tokens, heads, head_dim), 1, key_unrotated.device, key_unrotated.dtype)
             sent[0].copy_(key_unrotated.view(sent.shape[1:]))
             received = parallel.all_to_all_heads(sent)[:, 0]
-            kv_cache.store_sinks(self.layer, tokens_by_frame(received, frames).flatten(1, 3))
+            kv_cache.store_sinks(self.layer, tokens_by_frame(received.unflatten(2, (frames, -1))).flatten(1, 3))
         received = parallel.all_to_all_heads(self.sent)
-        query = on_device(scatter_qkv, received)(received, *self.kv_slots, frames)
+        query = on_device(scatter_qkv, received)(received.unflatten(3, (frames, -1)), *self.kv_slots)
         keys, values = kv_cache.update(self.layer, *self.kv_slots, value_mean)
         if self.only_cache:
             kv_cache.release(self.layer)
@@ -117,10 +116,11 @@ class CausalSelfAttention:
         Returns:
             The values where they are stored or sent from, and the means of this rank's heads [B, G, H, d], float32.
         """
-        parallel, groups, slots = self.context_parallel, self.kv_cache.num_groups, self.kv_slots[1]
+        parallel, slots = self.context_parallel, self.kv_slots[1]
+        value = value.unflatten(1, (self.kv_cache.num_groups, -1))
         if parallel is None:
-            return slots, on_device(centre, value)(value, groups, slots)
-        mean = parallel.mean(on_device(token_mean, value)(value, groups))
+            return slots, on_device(centre, value)(value, slots)
+        mean = parallel.mean(on_device(token_mean, value)(value))
         on_device(subtract, value)(value, mean, self.sent[2])
         return self.sent[2], parallel.local_heads(mean)
 
@@ -138,29 +138,28 @@ def rotate_frames(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rope(keys.flatten(1, 2), (cos, sin)).view_as(keys)
 
 
-def token_mean(value: Tensor, groups: int) -> Tensor:
-    """Return the mean [B, G, H, d] over every ``MEAN_STRIDE``-th token of each group in ``value`` [B, T, H, d], in float32."""
-    return value.unflatten(1, (groups, -1))[:, :, ::MEAN_STRIDE].float().mean(2)
+def token_mean(value: Tensor) -> Tensor:
+    """Return the mean [B, G, H, d] over every ``MEAN_STRIDE``-th token of each group in ``value`` [B, G, T/G, H, d], in float32."""
+    return value[:, :, ::MEAN_STRIDE].float().mean(2)
 
 
 def subtract(value: Tensor, mean: Tensor, out: Tensor) -> None:
-    """Write ``value`` [B, T, H, d] minus ``mean`` [B, G, H, d] to ``out``, whose H may be split in two dimensions."""
-    centred = value.unflatten(1, (mean.shape[1], -1)).float() - mean[:, :, None]
+    """Write ``value`` [B, G, T/G, H, d] minus ``mean`` [B, G, H, d] to ``out`` [B, T, H, d], whose H may be split in two."""
+    centred = value.float() - mean[:, :, None]
     out.copy_(saturating_cast(centred.flatten(1, 2), out.dtype).view(out.shape))
 
 
-def centre(value: Tensor, groups: int, out: Tensor) -> Tensor:
-    """Write ``value`` [B, T, H, d] minus the ``token_mean`` of each group to ``out``, and return the means."""
-    mean = token_mean(value, groups)
+def centre(value: Tensor, out: Tensor) -> Tensor:
+    """Write ``value`` [B, G, T/G, H, d] minus its ``token_mean`` to ``out`` [B, T, H, d], and return the means."""
+    mean = token_mean(value)
     subtract(value, mean, out)
     return mean
 
 
-@cache
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function)  # of other shapes when a whole window is cached anew: dynamic from then on
-
-
 def on_device(function: Callable, tensor: Tensor) -> Callable:
     """Return ``function`` for tensors on the device of ``tensor``: compiled for a GPU."""
-    return compiled(function) if tensor.is_cuda else function
+    if not tensor.is_cuda:
+        return function
+    from inferix.runtime.compile_cache import compiled  # takes seconds to import
+
+    return compiled(function)

@@ -206,7 +206,7 @@ class CausalWanTransformer(nn.Module):
 
     def compile_repeated_blocks(self) -> None:
         """Compile what a block computes before and after its self-attention, one code for all blocks. Idempotent."""
-        from inferix.runtime.inductor import compile_methods  # takes seconds to import
+        from inferix.runtime.compile_cache import compile_methods  # takes seconds to import
 
         compile_methods(self.blocks, "project_qkv", "finish")
 

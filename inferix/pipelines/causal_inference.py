@@ -27,9 +27,10 @@ from inferix.pipelines.diffusion_wrapper import WanDiffusionWrapper
 from inferix.pipelines.noise import randn
 from inferix.pipelines.storyboard import switch_at_frames
 from inferix.pipelines.workers import ClipPlan, PromptEmbeds, Workers
+from inferix.runtime import triton_cache
 from inferix.runtime.cuda_graphs import signature
 from inferix.runtime.memory import num_bytes, use_expandable_segments
-from inferix.runtime.overlap import hash_triton, short_switch_interval
+from inferix.runtime.overlap import short_switch_interval
 from inferix.runtime.staging import move
 from inferix.runtime.startup import STARTUP
 
@@ -51,8 +52,12 @@ class CausalInferencePipeline:
         enable_kv_offload: bool = False,
     ):
         parallel = parallel or ParallelConfig()
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # CUDA graphs, Triton's kernels and cuDNN's handle are the current device's
+        if device.type == "cuda":
+            triton_cache.prepare(device)
+            if device.index is not None:
+                torch.cuda.set_device(
+                    device
+                )  # CUDA graphs, Triton's kernels and cuDNN's handle are the current device's
         self.config, self.device, self.dtype = config, device, dtype
         self.generator = WanDiffusionWrapper(base.transformer(), config)
         height, width = config.image_or_video_shape[-2:]
@@ -117,7 +122,6 @@ class CausalInferencePipeline:
             if self.text_encoder is not None:
                 tasks.append(threads.submit(self.text_encoder.to, self.device, self.dtype, on_demand=low_memory))
             if on_gpu:
-                tasks.append(threads.submit(hash_triton))
                 tasks.append(threads.submit(self.generator.model.compile_repeated_blocks))  # imports the compiler
             if self.vae is not None:
                 self.vae.low_memory = low_memory

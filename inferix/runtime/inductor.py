@@ -1,11 +1,10 @@
 """Settings of ``torch.compile`` for a GPU."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 try:
     from torch._inductor.choices import InductorChoices
@@ -18,6 +17,9 @@ else:
     UNAVAILABLE = ""
 
 LONGEST_ROW = 16384
+OPTIONS: dict[str, Any] = {"comprehensive_padding": False}
+"""With padding the maxima of a frame's 1560 rows would be 1568 apart: the kernel that uses them would not be fused with the
+one that computes them."""
 
 
 class PersistentReductions(InductorChoices):
@@ -36,13 +38,9 @@ class PersistentReductions(InductorChoices):
 
 
 def persistent_reductions(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-    """Compile with Inductor, ``PersistentReductions``, and without padding: a backend of ``torch.compile``.
-
-    With padding the maxima of a frame's 1560 rows would be 1568 apart, which keeps the kernel that uses them from being
-    fused with the one that computes them.
-    """
+    """Compile with Inductor, ``PersistentReductions`` and ``OPTIONS``: a backend of ``torch.compile``."""
     with V.set_choices_handler(PersistentReductions()):
-        return compile_fx(graph, inputs, config_patches={"comprehensive_padding": False})
+        return compile_fx(graph, inputs, config_patches=OPTIONS)
 
 
 def backend() -> str | Callable:
@@ -53,13 +51,12 @@ def backend() -> str | Callable:
     return "inductor"
 
 
-def compile_methods(modules: Iterable[nn.Module], *names: str) -> None:
-    """Compile methods of modules of one class: the first call compiles, the others find its code. Idempotent.
+def aot_compile(function: Callable, args: tuple) -> Any:
+    """Return ``function`` compiled for arguments like ``args`` ahead of its first call, to be kept in a file.
 
-    Shapes are static at first; what is called with others is compiled once more, for any shape.
+    By Inductor under its own name: of another backend PyTorch 2.11 keeps nothing.
     """
-    chosen = backend()
-    for module in modules:
-        for name in names:
-            if name not in vars(module):
-                setattr(module, name, torch.compile(getattr(module, name), backend=chosen))
+    torch._dynamo.config.enable_aot_compile = True  # 2.11 asks for it
+    with V.set_choices_handler(PersistentReductions()):
+        compiled: Any = torch.compile(function, fullgraph=True, options=OPTIONS)
+        return compiled.aot_compile((args, {}))

@@ -14,12 +14,3 @@ def short_switch_interval() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
-
-
-def hash_triton() -> None:
-    """Compute the hash of Triton's own files, which the first kernel of a process needs: about 0.5 s, without Python's lock."""
-    try:
-        from triton.runtime.cache import triton_key
-    except ImportError:  # private: then the first kernel computes it
-        return
-    triton_key()

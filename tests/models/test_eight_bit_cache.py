@@ -56,8 +56,9 @@ def test_short_sums_lose_magnitude_unless_the_mean_is_subtracted(short_sums, mea
     error, gain = relative_error(merge_partials(whole, torch.float32), exact)
     assert error > 0.1 and 0.8 < gain < 0.9
 
-    means, centred = token_mean(v, blocks), torch.empty(v.shape, dtype=FP8)
-    subtract(v, means, centred)
+    by_block, centred = v.unflatten(1, (blocks, tokens)), torch.empty(v.shape, dtype=FP8)
+    means = token_mean(by_block)
+    subtract(by_block, means, centred)
     parts = [Part(start, tokens) for start in range(0, v.shape[1], tokens)]
     q, k = (saturating_cast(x, FP8) for x in (q, k))
     by_part = partial_attention(q, k, centred, torch.float32, parts, means.transpose(0, 1))
