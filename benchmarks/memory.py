@@ -38,7 +38,8 @@ from inferix.cli.figures import machine_name, markdown_table, write_report
 from inferix.cli.main import run
 from inferix.cli.report import format_bytes
 from inferix.config import ParallelConfig
-from inferix.models.text_encoder import TextEncoder, load_tokenizer
+from inferix.models.text_encoder import TextEncoder
+from inferix.models.tokenizer import PromptTokenizer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
 from quantization import quantize_text_encoder
@@ -71,8 +72,8 @@ class CheckpointWithText(RandomCheckpoint):
                 weight.data.normal_(std=0.02)
             part.to("cpu")
         model.encoder.embed_tokens = model.shared
-        tokenizer = load_tokenizer(ROOT / "weights/demo/Wan2.1-T2V-demo/google/umt5-xxl")
-        return TextEncoder(model, tokenizer, self.geometry.transformer.text_len)
+        folder = ROOT / "weights/demo/Wan2.1-T2V-demo/google/umt5-xxl"
+        return TextEncoder(model, PromptTokenizer(folder, self.geometry.transformer.text_len))
 
 
 class DevicePeak:

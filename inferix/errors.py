@@ -21,6 +21,8 @@ class WriteError(InputError):
     """A file cannot be written: the folder, its permissions, or a full disk."""
 
 
+DAMAGED = "cannot be read: truncated, or of another kind; download it again"
+"""What a message says of a file."""
 NOT_THE_INPUT = ("out of memory", "allocate memory", "CUDA error")
 """Parts of the messages of RuntimeErrors that say nothing about the input: PyTorch has no class of its own for all."""
 

@@ -18,11 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from inferix.errors import InputError, input_errors
+from inferix.errors import DAMAGED, InputError, input_errors
 
 StateDict = dict[str, Tensor]
 
-DAMAGED = "cannot be read: truncated, or of another kind; download it again"
 PICKLE_ERRORS = (
     OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError,
     struct.error,

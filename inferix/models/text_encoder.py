@@ -1,7 +1,4 @@
-"""The UMT5 prompt encoder of transformers, loaded from Wan's original file and tokenizer folder.
-
-The tokenizer is the tokenizers library's own: transformers' would read the vocabulary of 256,000 pieces three times.
-"""
+"""The UMT5 prompt encoder of transformers, loaded from Wan's original file and tokenizer folder."""
 
 import html
 import re
@@ -11,20 +8,13 @@ from pathlib import Path
 import ftfy
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from inferix.checkpoints.files import (
-    DAMAGED,
-    StateDict,
-    load_json,
-    load_pickle,
-    load_sharded_safetensors,
-    load_strict,
-)
+from inferix.checkpoints.files import StateDict, load_json, load_pickle, load_sharded_safetensors, load_strict
 from inferix.checkpoints.keys import substitute
-from inferix.errors import InputError, input_errors
+from inferix.errors import InputError
+from inferix.models.tokenizer import PromptTokenizer
 from inferix.runtime.cuda_graphs import CUDAGraphs
 from inferix.runtime.on_demand import OnDemandOffload
 from inferix.runtime.staging import move
@@ -85,29 +75,12 @@ def build_umt5(config: UMT5Config, state: StateDict, source: Path) -> UMT5Encode
     return model
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a folder's ``tokenizer.json``. Raises InputError where it is missing or damaged."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no tokenizer.json; see weights/README.md")
-    with input_errors(folder, OSError, ValueError, hint=DAMAGED):
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:
-            if type(error) is Exception:  # the tokenizers library has no other class for a file that it cannot parse
-                raise ValueError(error) from None
-            raise
-
-
 class TextEncoder:
     """Encodes prompts to ``text_len`` embeddings each, zero where the prompt is padded."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer, text_len: int):
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PromptTokenizer):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(text_len)
-        self.text_len = text_len
+        self.tokenizer, self.text_len = tokenizer, tokenizer.text_len
         self.device = torch.device("cpu")
         self.offloads: list[OnDemandOffload] = []
         self.graphs: CUDAGraphs | None = None
@@ -117,17 +90,19 @@ class TextEncoder:
     @classmethod
     def from_files(cls, weights: Path, tokenizer: Path, text_len: int) -> "TextEncoder":
         """Load ``models_t5_umt5-xxl-enc-bf16.pth``, of any size, and a tokenizer folder."""
+        prompt_tokenizer = PromptTokenizer(tokenizer, text_len)  # first: its process works beside the rest
         state = load_pickle(weights)
         model = build_umt5(umt5_config(state), convert_umt5_to_transformers(state), weights)
-        return cls(model, load_tokenizer(tokenizer), text_len)
+        return cls(model, prompt_tokenizer)
 
     @classmethod
     def from_diffusers(cls, folder: Path, text_len: int) -> "TextEncoder":
         """Load the folders ``text_encoder`` and ``tokenizer`` in ``folder``."""
+        prompt_tokenizer = PromptTokenizer(folder / "tokenizer", text_len)
         source = folder / "text_encoder"
         config = UMT5Config.from_dict(load_json(source / "config.json"))
         model = build_umt5(config, load_sharded_safetensors(source, "model"), source)
-        return cls(model, load_tokenizer(folder / "tokenizer"), text_len)
+        return cls(model, prompt_tokenizer)
 
     def to(self, device: torch.device, dtype: torch.dtype, on_demand: bool = False) -> "TextEncoder":
         """Run on ``device``; with ``on_demand`` weights stay in host memory and are copied block by block when used."""
@@ -165,13 +140,13 @@ class TextEncoder:
         """Return the words of ``prompt`` that the tokenizer has no token for."""
         unknown = self.tokenizer.token_to_id("<unk>")
         words = re.findall(r"\w+", clean(prompt))
-        return [word for word in words if unknown in self.tokenizer.encode(word, add_special_tokens=False).ids]
+        return [word for word in words if unknown in self.tokenizer.encode(word)]
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Return token ids, zero where there are none, and attention mask, each [B, text_len]."""
         ids, mask = torch.zeros(2, len(prompts), self.text_len, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            tokens = torch.tensor(self.tokenizer.encode(clean(prompt)).ids)
+            tokens = torch.tensor(self.tokenizer.encode(clean(prompt)))
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask

@@ -12,7 +12,8 @@ from inferix.config import PipelineConfig
 from inferix.models import attention_kernels as kernels
 from inferix.models.attention import FP8, Part, attention_by_part, merge_partials, saturating_cast
 from inferix.models.config import TransformerConfig
-from inferix.models.text_encoder import TextEncoder, load_tokenizer
+from inferix.models.text_encoder import TextEncoder
+from inferix.models.tokenizer import PromptTokenizer
 from inferix.models.transformer import CausalWanTransformer
 from inferix.pipelines.causal_inference import CausalInferencePipeline
 from inferix.runtime.memory import num_bytes
@@ -191,7 +192,7 @@ def test_text_embeddings_are_those_of_the_cpu():
     config = UMT5Config(
         vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
     )
-    encoders = [TextEncoder(UMT5EncoderModel(config), load_tokenizer(BASE / "google/umt5-xxl"), 128) for _ in range(2)]
+    encoders = [TextEncoder(UMT5EncoderModel(config), PromptTokenizer(BASE / "google/umt5-xxl", 128)) for _ in range(2)]
     encoders[1].model.load_state_dict(encoders[0].model.state_dict())
     encoders[0].to(CUDA, torch.float32)
     batches = [["A red cat"], ["a blue dog that runs, " * 20], ["A red dog"], ["A cat", "another cat in the rain"]]
