@@ -105,7 +105,10 @@ class TextEncoder:
         return cls(model, prompt_tokenizer)
 
     def to(self, device: torch.device, dtype: torch.dtype, on_demand: bool = False) -> "TextEncoder":
-        """Run on ``device``; with ``on_demand`` weights stay in host memory and are copied block by block when used."""
+        """Run on ``device``; with ``on_demand`` weights stay in host memory and are copied block by block when used.
+
+        Raises InputError where the tokenizer's file is damaged.
+        """
         self.device = device
         self.version += 1
         for offload in self.offloads:
@@ -118,6 +121,7 @@ class TextEncoder:
         if device.type == "cuda" and not on_demand:
             self.graphs = CUDAGraphs()
             self.warm_up()
+        self.tokenizer.wait()
         return self
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from threading import Lock
@@ -42,7 +43,7 @@ class PromptTokenizer:
         text_len: ids at most, the end token included.
 
     Raises:
-        InputError: if the file is missing or damaged; of a large one that it is damaged shows with the first text.
+        InputError: if the file is missing or damaged; a large one is found damaged by ``wait``.
     """
 
     def __init__(self, folder: Path, text_len: int):
@@ -54,8 +55,13 @@ class PromptTokenizer:
         if self.path.stat().st_size < LARGE:
             self.tokenizer = read(self.path, text_len)
         else:
-            self.reader = start_reader(self.path, text_len)
-            weakref.finalize(self, end_reader, self.reader)
+            with suppress(OSError):  # no more processes: the first text is waited for
+                self.reader = start_reader(self.path, text_len)
+                weakref.finalize(self, end_reader, self.reader)
+
+    def wait(self) -> None:
+        """Wait until the vocabulary has been read."""
+        self.token_to_id("<unk>")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``."""
@@ -91,7 +97,7 @@ def start_reader(path: Path, text_len: int) -> Popen:
     """Start this module as a process that reads ``path`` and answers questions, a line of JSON each, until its input ends."""
     root = str(Path(__file__).parents[2])  # a checkout runs without being installed
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", __name__, str(path), str(text_len)]
+    command = [sys.executable, "-P", "-m", __name__, str(path), str(text_len)]
     # a session of its own: Ctrl-C is for the process that asks, with which it ends
     return Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, env=environment, start_new_session=True)
 

@@ -129,6 +129,7 @@ def test_checkpoint_of_another_size_than_the_base(refused, tmp_path):
         ("Wan2.1_VAE.pth", None, "not found"),
         ("models_t5_umt5-xxl-enc-bf16.pth", b"", "truncated"),
         ("google/umt5-xxl/tokenizer.json", b"{}", "truncated, or of another kind"),
+        ("google/umt5-xxl/tokenizer.json", b"{}" + b" " * 2**20, "truncated, or of another kind"),  # read by a process
         ("google/umt5-xxl/tokenizer.json", None, "no tokenizer.json"),
     ],
 )

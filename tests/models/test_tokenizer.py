@@ -91,7 +91,7 @@ def test_a_damaged_file(large, tmp_path, damage):
     (tmp_path / "tokenizer.json").write_text(damage((large / "tokenizer.json").read_text()))
     tokenizer = PromptTokenizer(tmp_path, 32)
     with pytest.raises(InputError, match=rf"{tmp_path} cannot be read: truncated, or of another kind"):
-        tokenizer.encode("A red cat")
+        tokenizer.wait()
 
 
 @pytest.mark.parametrize("encoded", [True, False])
