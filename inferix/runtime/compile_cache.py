@@ -55,7 +55,7 @@ class CompiledFunction:
     def __call__(self, *args: Any) -> Any:
         inputs = list(leaves(args))
         kind = tuple(map(kind_of, inputs))
-        if None in kind or torch.is_grad_enabled():
+        if None in kind or torch.is_grad_enabled() or inductor.UNAVAILABLE or inductor.is_disabled():
             return self.traced(*args)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         sizes = [size_of(tensor) for tensor in tensors]
@@ -63,7 +63,7 @@ class CompiledFunction:
             self.codes[kind] = Code(self.load_or_compile(args, (kind, sizes)), sizes)
         code = self.codes[kind]
         if code.function is not None and sizes == code.sizes and code.function.guard_check(*args):
-            return code.function.fn(*args)
+            return code.function(*args)
         for tensor, size, known in zip(tensors, sizes, code.sizes):
             mark_dynamic(tensor, size, known)
         return self.traced(*args)
@@ -72,16 +72,16 @@ class CompiledFunction:
         """Return the code for ``args``, which is kept in a file from then on; None where PyTorch cannot do that."""
         modules = [module for x in leaves(args) if isinstance(x, nn.Module) for module in x.modules()]
         weights = [(name, kind_of(x), size_of(x)) for module in modules for name, x in own_tensors(module)]
-        plain = all(kind is not None for _, kind, _ in weights)
-        if not plain or inductor.UNAVAILABLE or torch._inductor.config.force_disable_caches:
+        if any(kind is None for _, kind, _ in weights):
             return None
-        path = self.path(modules, (signature, weights))
-        if (loaded := load(path)) is not None and loaded.guard_check(*args):
-            return loaded
         try:
-            compiled = inductor.aot_compile(self.function, args)
-            save(compiled, path)
-            return compiled
+            path = self.path(modules, (signature, weights))
+            code = load(path)
+            if code is None or not code.guard_check(*args):
+                code = inductor.aot_compile(self.function, args)
+                save(code, path)
+            code.disable_guard_check()  # ``__call__`` has checked them
+            return code
         except (
             Exception
         ) as error:  # of any class; where the function itself is at fault, ``torch.compile`` says so next

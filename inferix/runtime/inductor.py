@@ -1,5 +1,6 @@
 """Settings of ``torch.compile`` for a GPU."""
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,14 @@ def backend() -> str | Callable:
         return persistent_reductions
     warnings.warn(f"this PyTorch's Inductor cannot be configured ({UNAVAILABLE}): compiling without it", stacklevel=2)
     return "inductor"
+
+
+def is_disabled() -> bool:
+    """Return whether PyTorch's compiler or its caches are off: by ``set_stance``, a config or a variable."""
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return True
+    stance = getattr(torch._dynamo.eval_frame, "_stance", None)  # private, without a public getter
+    return torch._inductor.config.force_disable_caches or getattr(stance, "stance", "default") != "default"
 
 
 def aot_compile(function: Callable, args: tuple) -> Any:

@@ -4,6 +4,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -225,10 +227,40 @@ def test_what_cannot_be_compiled_ahead_is_still_computed(folder):
     assert not files(folder)
 
 
-def test_caches_can_be_turned_off(folder):
-    with torch._inductor.config.patch(force_disable_caches=True):
+@contextmanager
+def eager() -> Iterator[None]:
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@contextmanager
+def variable() -> Iterator[None]:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    yield
+    del os.environ["TORCHDYNAMO_DISABLE"]
+
+
+@pytest.mark.parametrize(
+    ("off", "graphs"),
+    [
+        (eager, 0),
+        (variable, 0),
+        (lambda: torch._dynamo.config.patch(disable=True), 0),
+        (lambda: torch._inductor.config.patch(force_disable_caches=True), 1),
+    ],
+)
+def test_the_compiler_and_its_caches_can_be_turned_off(folder, monkeypatch, off, graphs):
+    """Then neither code that is loaded nor a file is used."""
+    layer = compiled_layer()
+    check(layer)
+    codes, before = layer.project.func.codes, traced()
+    codes.update({kind: code._replace(function="not to be used") for kind, code in codes.items()})
+    monkeypatch.setattr(compile_cache, "load", lambda path: pytest.fail("a file is read"))
+    with off():
+        check(layer)
         check(compiled_layer())
-    assert not files(folder)
+    assert traced() == before + graphs and len(files(folder)) == 1
 
 
 def test_a_copy_computes_with_its_own_weights():
