@@ -192,7 +192,7 @@ class WanVAE(VAE):
         try:
             decoder = VAEDecoder(state)
         except KeyError as error:
-            raise InputError(f"{source} lacks {error.args[0]}: it is not the kind of VAE expected here") from None
+            raise InputError(f"{source} {error.args[0]}: it is not the kind of VAE expected here") from None
         mean, std = config.get("latents_mean", LATENTS_MEAN), config.get("latents_std", LATENTS_STD)
         super().__init__(decoder, torch.tensor(mean), torch.tensor(std))
         self.config, self.base_dim, self.source = config, config.get("base_dim", BASE_DIM), source

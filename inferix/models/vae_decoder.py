@@ -35,7 +35,14 @@ class Weights(dict[str, Any]):
         self.prefix = prefix
 
     def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(self.prefix + name)
+        raise KeyError(f"lacks {self.prefix}{name}")
+
+    def tensor(self, name: str, *shape: int | None) -> Tensor:
+        """Return the tensor of this name. Raises KeyError where it is missing, or its sizes are not these (None: any)."""
+        tensor = self[name]
+        if len(tensor.shape) != len(shape) or any(want not in (None, size) for want, size in zip(shape, tensor.shape)):
+            raise KeyError(f"has {self.prefix}{name} {list(tensor.shape)}, which does not fit its neighbours")
+        return tensor
 
     @classmethod
     def of(cls, state: StateDict) -> "Weights":
@@ -125,14 +132,22 @@ def conv2d(frames: Tensor, weight: Tensor, feat_cache: FeatCache) -> Tensor:
 
 
 class CausalConv3d(nn.Module):
-    """Convolves every frame together with the two before it."""
+    """Convolves every frame together with the two before it.
 
-    def __init__(self, weights: Weights, bias: bool):
+    Args:
+        channels: of what it reads.
+        out: channels of what it returns; None: as many as the weight has.
+        size: of the kernel in space.
+        add_bias: do so; otherwise the next layer does.
+    """
+
+    def __init__(self, weights: Weights, channels: int, out: int | None = None, size: int = 3, add_bias: bool = False):
         super().__init__()
-        self.weight = frozen(weights["weight"].contiguous(memory_format=torch.channels_last_3d))
-        self.bias = frozen(weights["bias"]) if bias else None
-        _, height, width = self.weight.shape[2:]
-        self.padding = (0, height // 2, width // 2)
+        weight = weights.tensor("weight", out, channels, 3, size, size)
+        self.weight = frozen(weight.contiguous(memory_format=torch.channels_last_3d))
+        bias = weights.tensor("bias", len(weight))
+        self.bias = frozen(bias) if add_bias else None
+        self.padding = (0, size // 2, size // 2)
 
     def buffer(self, x: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         """Return what ``forward`` takes for frames like x [B, T, H, W, C], and the view of it that they belong into.
@@ -157,9 +172,9 @@ class CausalConv3d(nn.Module):
 class Norm(nn.Module):
     """RMS norm over channels and SiLU, in float32, of the sum of x, the bias that was not added to x yet, and the residual."""
 
-    def __init__(self, weights: Weights, bias: Tensor | None):
+    def __init__(self, weights: Weights, channels: int, bias: Tensor | None):
         super().__init__()
-        self.gamma = frozen(weights["gamma"].flatten())
+        self.gamma = frozen(weights.tensor("gamma", channels, 1, 1, 1).flatten())
         self.bias = frozen(torch.zeros_like(self.gamma) if bias is None else bias)
 
     def forward(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
@@ -176,17 +191,18 @@ class ResidualBlock(nn.Module):
     The sum is left to the next layer: a layer takes and returns ``x`` and the ``residual`` to add to it, None if there is none.
     """
 
-    def __init__(self, weights: Weights, bias: Tensor | None):
-        """``bias`` is that of the convolution before, which has not been added to ``x`` yet."""
+    def __init__(self, weights: Weights, channels: int, bias: Tensor | None):
+        """``bias`` is that of the convolution before, which has not been added to ``x`` [.., channels] yet."""
         super().__init__()
-        self.norm1 = Norm(weights["norm1"], bias)
-        self.conv1 = CausalConv3d(weights["conv1"], bias=False)
-        self.norm2 = Norm(weights["norm2"], weights["conv1"]["bias"])
-        self.conv2 = CausalConv3d(weights["conv2"], bias=False)
+        self.norm1 = Norm(weights["norm1"], channels, bias)
+        self.conv1 = CausalConv3d(weights["conv1"], channels)
+        out = len(self.conv1.weight)
+        self.norm2 = Norm(weights["norm2"], out, weights["conv1"]["bias"])
+        self.conv2 = CausalConv3d(weights["conv2"], out, out if "conv_shortcut" in weights else channels)
         self.shortcut = None
         if "conv_shortcut" in weights:
-            self.shortcut = frozen(weights["conv_shortcut"]["weight"].flatten(1))
-            self.shortcut_bias = frozen(weights["conv_shortcut"]["bias"])
+            self.shortcut = frozen(weights["conv_shortcut"].tensor("weight", out, channels, 1, 1, 1).flatten(1))
+            self.shortcut_bias = frozen(weights["conv_shortcut"].tensor("bias", out))
 
     def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         frames, new = self.conv1.buffer(x, feat_cache)
@@ -203,13 +219,17 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head within every frame."""
 
-    def __init__(self, weights: Weights, bias: Tensor):
+    def __init__(self, weights: Weights, channels: int, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
-        self.gamma = frozen(weights["norm"]["gamma"].flatten())
-        qkv, proj = weights["to_qkv"], weights["proj"]
-        self.qkv, self.qkv_bias = frozen(qkv["weight"].flatten(1)), frozen(qkv["bias"])
-        self.proj, self.proj_bias = frozen(proj["weight"].flatten(1)), frozen(proj["bias"])
+        self.gamma = frozen(weights["norm"].tensor("gamma", channels, 1, 1).flatten())
+        self.qkv, self.qkv_bias = self.linear(weights["to_qkv"], 3 * channels, channels)
+        self.proj, self.proj_bias = self.linear(weights["proj"], channels, channels)
+
+    @staticmethod
+    def linear(weights: Weights, out: int, channels: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return weight and bias of a convolution of single pixels."""
+        return frozen(weights.tensor("weight", out, channels, 1, 1).flatten(1)), frozen(weights.tensor("bias", out))
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(residual, x, self.bias)
@@ -230,16 +250,18 @@ class Upsample(nn.Module):
     output pixel of a 2x2 group sees only 2x2 different input pixels. That is 4/9 of the arithmetic.
     """
 
-    def __init__(self, weights: Weights, bias: Tensor):
+    def __init__(self, weights: Weights, channels: int, bias: Tensor):
         super().__init__()
         self.bias = frozen(bias)
-        self.time_conv = CausalConv3d(weights["time_conv"], bias=True) if "time_conv" in weights else None
-        conv = weights["resample"]["1"]["weight"]
+        self.time_conv = None
+        if "time_conv" in weights:
+            self.time_conv = CausalConv3d(weights["time_conv"], channels, 2 * channels, size=1, add_bias=True)
+        conv = weights["resample"]["1"].tensor("weight", None, channels, 3, 3)
         # fold[a, p, k] = 1 where row k of the 3x3 kernel falls on input row p of the two that output row a sees
         fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32)
         weight = torch.einsum("apk,bql,oikl->aboipq", fold, fold, conv.float()).flatten(0, 2).to(conv.dtype)
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))  # [2*2*C', C, 2, 2]
-        self.conv_bias = frozen(weights["resample"]["1"]["bias"])
+        self.conv_bias = frozen(weights["resample"]["1"].tensor("bias", len(conv)))
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(residual, x, self.bias)
@@ -277,13 +299,14 @@ class Head(nn.Module):
     three positions in time that it can have (nine channels), and those nine channels are cached.
     """
 
-    def __init__(self, norm: Weights, conv: Weights, bias: Tensor):
+    def __init__(self, norm: Weights, conv: Weights, channels: int, bias: Tensor):
         super().__init__()
-        self.norm = Norm(norm, bias)
-        weight = conv["weight"].permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first
+        self.norm = Norm(norm, channels, bias)
+        weight = conv.tensor("weight", 3, channels, 3, 3, 3)
+        weight = weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3*3, C, 3, 3], oldest frame first
         weight = F.pad(weight, (0, 0) * 3 + (0, 7))  # sixteen channels: tensor cores want a multiple of eight
         self.weight = frozen(weight.contiguous(memory_format=torch.channels_last))
-        self.bias = frozen(conv["bias"])
+        self.bias = frozen(conv.tensor("bias", 3))
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> Tensor:
         """To pixels [B, T, 3, H, W] in [0, 1], float32."""
@@ -303,30 +326,38 @@ class VAEDecoder(nn.Module):
     Args:
         state: the whole VAE's weights under the names of diffusers' ``AutoencoderKLWan``.
 
-    Raises KeyError for a weight that is not there.
+    Raises KeyError, which says what the weights lack or have in excess, where they are not those of one decoder.
     """
 
     def __init__(self, state: StateDict):
         super().__init__()
         root = Weights.of(state)
         weights, post_quant = root["decoder"], root["post_quant_conv"]
-        self.post_quant, self.post_quant_bias = frozen(post_quant["weight"].flatten(1)), frozen(post_quant["bias"])
-        self.conv_in = CausalConv3d(weights["conv_in"], bias=True)
+        size = len(post_quant["bias"])
+        self.post_quant = frozen(post_quant.tensor("weight", size, size, 1, 1, 1).flatten(1))
+        self.post_quant_bias = frozen(post_quant.tensor("bias", size))
+        self.conv_in = CausalConv3d(weights["conv_in"], size, add_bias=True)
         before, after = weights["mid_block"]["resnets"].values()
-        attention = Attention(weights["mid_block"]["attentions"]["0"], before["conv2"]["bias"])
-        layers = [ResidualBlock(before, None), attention, ResidualBlock(after, None)]
+        channels, bias = len(self.conv_in.weight), before["conv2"]["bias"]
+        attention = Attention(weights["mid_block"]["attentions"]["0"], channels, bias)
+        layers: list[nn.Module] = [
+            ResidualBlock(before, channels, None),
+            attention,
+            ResidualBlock(after, channels, None),
+        ]
         bias = after["conv2"]["bias"]
         for block in weights["up_blocks"].values():
             for resnet in block["resnets"].values():
-                layers.append(ResidualBlock(resnet, bias))
+                layers.append(ResidualBlock(resnet, channels, bias))
                 bias = resnet["conv2"]["bias"]
+                channels = len(bias)
             if "upsamplers" in block:
-                layers.append(Upsample(block["upsamplers"]["0"], bias))
-                bias = None
+                layers.append(Upsample(block["upsamplers"]["0"], channels, bias))
+                channels, bias = len(block["upsamplers"]["0"]["resample"]["1"]["bias"]), None
         self.layers = nn.ModuleList(layers)
         self.last_upsample = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
         """Index of the first layer after the last one that doubles the frames."""
-        self.head = Head(weights["norm_out"], weights["conv_out"], bias)
+        self.head = Head(weights["norm_out"], weights["conv_out"], channels, bias)
 
     def forward(self, latents: Tensor, feat_cache: FeatCache, frame_by_frame: bool = False) -> Tensor:
         """Latents [B, F, 16, h, w], not normalised, to pixels [B, t, 3, 8h, 8w] in [0, 1], float32.

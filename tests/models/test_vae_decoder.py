@@ -145,6 +145,22 @@ def test_a_weight_is_missing():
         incomplete.load_encoder()
 
 
+def test_a_weight_has_another_shape():
+    """A longer side, or one more: of each of the decoder's weights."""
+    model = library_model()
+    state, config = model.state_dict(), dict(model.config)
+    names = [name for name in state if name.startswith(("decoder.", "post_quant_conv."))]
+    assert len(names) > 80
+    for name in names:
+        shape = state[name].shape
+        longer = [(*shape[:dim], shape[dim] + 1, *shape[dim + 1 :]) for dim in range(len(shape))]
+        for wrong in (*longer, (*shape, 1)):
+            with pytest.raises(
+                InputError, match=r"the VAE has \S+ \[.*\], which does not fit its neighbours: it is not"
+            ):
+                WanVAE(state | {name: torch.zeros(wrong)}, config)
+
+
 def test_the_encoder_is_the_librarys():
     model = library_model()
     vae, pixels = wan_vae(model), torch.rand(1, 5, 3, 16, 32) * 2 - 1
