@@ -21,9 +21,10 @@ SMALL = BASE / "google/umt5-xxl"
 TEXTS = ["A red cat", "", "two\nlines\tand a tab", "naïve ﬁancé 的 🐈", "cat dog " * 60, '"quoted" \\ back']
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from inferix.models.tokenizer import PromptTokenizer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 tokenizer = PromptTokenizer(Path(sys.argv[1]), 32)
 print(tokenizer.reader.pid, flush=True)
 tokenizer.encode("A red cat")
