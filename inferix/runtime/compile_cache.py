@@ -139,10 +139,11 @@ def kind_of(x: Any) -> Hashable:
 
 def layer_kind(module: nn.Module) -> Hashable:
     """Return the type of a layer and its settings; None where it calls what no file can hold: hooks, other processes."""
-    own = vars(module)
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("process_group") is not None:
+    attributes = vars(module)
+    hooks = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+    if hooks or "forward" in attributes or attributes.get("process_group") is not None:
         return None
-    return type(module), own.get("qconfig")
+    return type(module), attributes.get("qconfig")
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
