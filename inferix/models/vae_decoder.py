@@ -44,6 +44,11 @@ class Weights(dict[str, Any]):
             raise KeyError(f"has {self.prefix}{name} {list(tensor.shape)}, which does not fit its neighbours")
         return tensor
 
+    def linear(self, out: int, channels: int, dimensions: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return weight [out, channels] and bias of a convolution of single pixels in so many ``dimensions``."""
+        weight = self.tensor("weight", out, channels, *[1] * dimensions)
+        return frozen(weight.flatten(1)), frozen(self.tensor("bias", out))
+
     @classmethod
     def of(cls, state: StateDict) -> "Weights":
         """Sort the tensors of ``state`` into layers, numbered ones in their order."""
@@ -201,8 +206,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(weights["conv2"], out, out if "conv_shortcut" in weights else channels)
         self.shortcut = None
         if "conv_shortcut" in weights:
-            self.shortcut = frozen(weights["conv_shortcut"].tensor("weight", out, channels, 1, 1, 1).flatten(1))
-            self.shortcut_bias = frozen(weights["conv_shortcut"].tensor("bias", out))
+            self.shortcut, self.shortcut_bias = weights["conv_shortcut"].linear(out, channels, 3)
 
     def forward(self, x: Tensor, residual: Tensor | None, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         frames, new = self.conv1.buffer(x, feat_cache)
@@ -223,13 +227,8 @@ class Attention(nn.Module):
         super().__init__()
         self.bias = frozen(bias)
         self.gamma = frozen(weights["norm"].tensor("gamma", channels, 1, 1).flatten())
-        self.qkv, self.qkv_bias = self.linear(weights["to_qkv"], 3 * channels, channels)
-        self.proj, self.proj_bias = self.linear(weights["proj"], channels, channels)
-
-    @staticmethod
-    def linear(weights: Weights, out: int, channels: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return weight and bias of a convolution of single pixels."""
-        return frozen(weights.tensor("weight", out, channels, 1, 1).flatten(1)), frozen(weights.tensor("bias", out))
+        self.qkv, self.qkv_bias = weights["to_qkv"].linear(3 * channels, channels, 2)
+        self.proj, self.proj_bias = weights["proj"].linear(channels, channels, 2)
 
     def forward(self, x: Tensor, residual: Tensor, feat_cache: FeatCache) -> tuple[Tensor, None]:
         x = add(residual, x, self.bias)
@@ -333,9 +332,8 @@ class VAEDecoder(nn.Module):
         super().__init__()
         root = Weights.of(state)
         weights, post_quant = root["decoder"], root["post_quant_conv"]
-        size = len(post_quant["bias"])
-        self.post_quant = frozen(post_quant.tensor("weight", size, size, 1, 1, 1).flatten(1))
-        self.post_quant_bias = frozen(post_quant.tensor("bias", size))
+        size = len(post_quant.tensor("bias", None))
+        self.post_quant, self.post_quant_bias = post_quant.linear(size, size, 3)
         self.conv_in = CausalConv3d(weights["conv_in"], size, add_bias=True)
         before, after = weights["mid_block"]["resnets"].values()
         channels, bias = len(self.conv_in.weight), before["conv2"]["bias"]
@@ -352,8 +350,9 @@ class VAEDecoder(nn.Module):
                 bias = resnet["conv2"]["bias"]
                 channels = len(bias)
             if "upsamplers" in block:
-                layers.append(Upsample(block["upsamplers"]["0"], channels, bias))
-                channels, bias = len(block["upsamplers"]["0"]["resample"]["1"]["bias"]), None
+                upsample = Upsample(block["upsamplers"]["0"], channels, bias)
+                layers.append(upsample)
+                channels, bias = len(upsample.conv_bias), None
         self.layers = nn.ModuleList(layers)
         self.last_upsample = max(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None)) + 1
         """Index of the first layer after the last one that doubles the frames."""

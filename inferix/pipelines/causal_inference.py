@@ -55,9 +55,7 @@ class CausalInferencePipeline:
         if device.type == "cuda":
             triton_cache.prepare(device)
             if device.index is not None:
-                torch.cuda.set_device(
-                    device
-                )  # CUDA graphs, Triton's kernels and cuDNN's handle are the current device's
+                torch.cuda.set_device(device)  # CUDA graphs, Triton's kernels and cuDNN's handle are its
         self.config, self.device, self.dtype = config, device, dtype
         self.generator = WanDiffusionWrapper(base.transformer(), config)
         height, width = config.image_or_video_shape[-2:]

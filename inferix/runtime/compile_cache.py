@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inferix.checkpoints.files import file_hash
 from inferix.runtime import inductor
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
@@ -55,7 +56,7 @@ class CompiledFunction:
     def __call__(self, *args: Any) -> Any:
         inputs = list(leaves(args))
         kind = tuple(map(kind_of, inputs))
-        if None in kind or torch.is_grad_enabled() or inductor.UNAVAILABLE or inductor.is_disabled():
+        if None in kind or torch.is_grad_enabled() or inductor.is_disabled():
             return self.traced(*args)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         sizes = [size_of(tensor) for tensor in tensors]
@@ -82,9 +83,7 @@ class CompiledFunction:
                 save(code, path)
             code.disable_guard_check()  # ``__call__`` has checked them
             return code
-        except (
-            Exception
-        ) as error:  # of any class; where the function itself is at fault, ``torch.compile`` says so next
+        except Exception as error:  # of any class; what is wrong with the function, ``torch.compile`` says next
             warnings.warn(f"{self.function.__name__} is compiled by every process anew: {error}", stacklevel=2)
             return None
 
@@ -95,7 +94,7 @@ class CompiledFunction:
             (platform.python_version(), torch.__version__),
             torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             sorted(torch._inductor.config.save_config_portable().items()),
-            sorted((package, source_hash(package)) for package in packages),
+            sorted((package, source_hash(package)) for package in packages - {"torch"}),
             (self.function.__module__, self.function.__qualname__, signature),
         )
         return cache_folder() / f"{hashlib.sha256(repr(known).encode()).hexdigest()}.bin"
@@ -172,14 +171,9 @@ def cache_folder() -> Path:
 
 @cache
 def source_hash(package: str) -> str:
-    """Return a hash of the Python files of a package; of PyTorch's own its version is enough."""
+    """Return a hash of the Python files of a package."""
     path = getattr(sys.modules[package], "__file__", None)
-    digest = hashlib.sha256()
-    if package != "torch" and path is not None:
-        folder = Path(path).parent
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+    return file_hash(*sorted(Path(path).parent.rglob("*.py"))) if path else ""
 
 
 def load(path: Path) -> Any:

@@ -53,8 +53,8 @@ def backend() -> str | Callable:
 
 
 def is_disabled() -> bool:
-    """Return whether PyTorch's compiler or its caches are off: by ``set_stance``, a config or a variable."""
-    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+    """Return whether PyTorch's compiler or its caches are off, by ``set_stance``, a config or a variable, or unknown to us."""
+    if UNAVAILABLE or torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return True
     stance = getattr(torch._dynamo.eval_frame, "_stance", None)  # private, without a public getter
     return torch._inductor.config.force_disable_caches or getattr(stance, "stance", "default") != "default"

@@ -146,7 +146,7 @@ def test_a_weight_is_missing():
 
 
 def test_a_weight_has_another_shape():
-    """A longer side, or one more: of each of the decoder's weights."""
+    """A longer side, one more, or none: of each of the decoder's weights."""
     model = library_model()
     state, config = model.state_dict(), dict(model.config)
     names = [name for name in state if name.startswith(("decoder.", "post_quant_conv."))]
@@ -154,7 +154,7 @@ def test_a_weight_has_another_shape():
     for name in names:
         shape = state[name].shape
         longer = [(*shape[:dim], shape[dim] + 1, *shape[dim + 1 :]) for dim in range(len(shape))]
-        for wrong in (*longer, (*shape, 1)):
+        for wrong in (*longer, (*shape, 1), ()):
             with pytest.raises(
                 InputError, match=r"the VAE has \S+ \[.*\], which does not fit its neighbours: it is not"
             ):
