@@ -47,18 +47,23 @@ class CausVidPipeline(Pipeline):
         """
         prompts = as_list(prompts)
         self.num_blocks(prompts, num_rollout, num_overlap_frames, num_frames)
-        if self.pipeline.vae.model is None:  # before the first block, so that no rollout waits for its first call
+        if num_rollout != 1 and self.pipeline.vae.model is None:  # so that no rollout waits for its first call
             height, width = self.config.image_or_video_shape[-2:]
             self.pipeline.vae.encode(torch.zeros(1, 1, 3, 8 * height, 8 * width))
         visible = 4 * (num_frames - num_overlap_frames)  # pixel frames; the next rollout generates the others again
-        start_latents, blending, held = None, Blending(self.config.blend_blocks), list[Tensor]()
+        blending, held = Blending(self.config.blend_blocks), list[Tensor]()
+        latents, next_start = list[Tensor](), None  # of the rollout before
         for prompt in islice(each_rollout(prompts), num_rollout):
             if isinstance(prompt, str):
                 embeds = self.timed("encode prompt", self.encode_prompts, [prompt])
             else:
                 embeds = self._embeddings(([text] for text in prompt), blending)
             noise = self.pipeline.draw((1, num_frames, *self.config.image_or_video_shape[2:]), generator)
-            if start_latents is not None:
+            start_latents = None
+            if next_start is not None:
+                first = self.pipeline.vae.encode(next_start * 2 - 1)
+                last = torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]
+                start_latents = torch.cat([first, last], dim=1)
                 noise = noise[:, num_overlap_frames:]
             blocks = self.pipeline.denoise(noise, embeds, start_latents, generator)
             decode, latents, done = self.pipeline.vae.streaming_decoder(), list[Tensor](), 0
@@ -75,9 +80,6 @@ class CausVidPipeline(Pipeline):
                 done += pixels.shape[1]
             if sum(block.shape[1] for block in latents) < num_frames:  # the prompts have ended
                 break
-            first = self.pipeline.vae.encode(next_start * 2 - 1)
-            last = torch.cat(latents, dim=1)[:, num_frames - num_overlap_frames + 1 :]
-            start_latents = torch.cat([first, last], dim=1)
         yield from held
 
     def generate(

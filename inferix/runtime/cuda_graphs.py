@@ -47,14 +47,13 @@ class CapturedGraph:
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any, warm_up: bool):
         # contiguous, so that compiled code does not see a view's strides
         self.inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in inputs]
+        stream = capture_stream(self.inputs[0].device)
         if warm_up:  # compiling and choosing kernels must not be captured
-            stream = warm_up_stream(self.inputs[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        stream = capture_stream(self.inputs[0].device)
         # thread_local: what other threads do, such as NCCL's watchdog, does not end the capture
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
@@ -69,14 +68,11 @@ class CapturedGraph:
 
 
 @cache
-def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return one stream for all captures on ``device``: cuBLAS keeps 34 MB for every stream that it was used on."""
-    return torch.cuda.Stream(device)
-
-
-@cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return one stream for all captures on ``device``: PyTorch's default is the first device's for all."""
+    """Return one stream for all captures on ``device``.
+
+    cuBLAS keeps 34 MB for every stream that it was used on, and PyTorch's default is the first device's for all.
+    """
     return torch.cuda.Stream(device)
 
 
