@@ -65,21 +65,20 @@ def stream_fps(pipeline: CausalInferencePipeline, vae: VAE, embeds: Tensor, cloc
 def script_clip_seconds(
     pipeline: CausalInferencePipeline, embeds: Tensor, num_clips: int, smooth_frames: bool = False
 ) -> float:
-    """Return the seconds a clip of the scripts' loop takes after the first one, until the last file is complete.
+    """Return the seconds from one complete file of the scripts' loop to the next, a mean over the clips after the first.
 
     With ``smooth_frames`` the clips are generated all the same, and what is written is like a real video.
     """
     _, num_frames, _, height, width = pipeline.config.image_or_video_shape
     frames_per_clip = 4 * (num_frames - 1) + 1
     content = smooth_video(frames_per_clip, 8 * height, 8 * width, pipeline.device) if smooth_frames else None
-    writers: deque[VideoWriter] = deque()
+    writers, completed = deque[VideoWriter](), list[float]()
     with TemporaryDirectory() as folder:
         for number in range(1 + num_clips):
-            if number == 1:
-                start = time.perf_counter()
             noise = pipeline.draw(pipeline.config.image_or_video_shape, None)
             decoder = pipeline.vae.streaming_decoder()
-            with VideoWriter(Path(folder) / f"{number}.mp4") as writer:
+            path = Path(folder) / f"{number}.mp4"
+            with VideoWriter(path, on_complete=lambda _: completed.append(time.perf_counter())) as writer:
                 for block in pipeline.denoise(noise, embeds):
                     frames = decoder(block)[0]
                     writer.write(frames if content is None else content[writer.frames :][: len(frames)])
@@ -87,7 +86,7 @@ def script_clip_seconds(
             while len(writers) > 1:
                 writers.popleft().result()
         writers.pop().result()
-        return (time.perf_counter() - start) / num_clips
+    return (completed[-1] - completed[0]) / num_clips
 
 
 @cache

@@ -30,7 +30,8 @@ from dax.quant.quantization.qconfig import (
     get_dynamic_fp8_per_token_act_per_channel_weight_qconfig,
     get_dynamic_int8_per_token_act_per_channel_weight_qconfig,
 )
-from inferix.checkpoints.files import file_hash, find_weights
+from inferix.checkpoints.hashes import file_hash
+from inferix.checkpoints.weight_files import find_weights
 from inferix.cli.model_paths import display_path, resolve_model_paths
 from inferix.cli.prompts import example_prompt
 from inferix.cli.report import quantization_name

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inferix.checkpoints.files import StateDict, find_weights, load_sharded
+from inferix.checkpoints.files import StateDict, load_sharded
 from inferix.checkpoints.keys import diffusers_names, strip_prefixes
+from inferix.checkpoints.weight_files import find_weights
 from inferix.errors import InputError
 
 SCALES = (".weight_scale", ".scale_weight")

@@ -9,6 +9,8 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+from inferix.checkpoints.hashes import begin_hash
+from inferix.checkpoints.weight_files import find_weights
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
 from inferix.cli.file_names import entry_names
 from inferix.cli.model_paths import default_vae, find_config, find_tiny_vae, resolve_model_paths
@@ -91,6 +93,14 @@ def _read_files(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(OSError), path.open("rb") as file:  # a file that cannot be read is reported where it is needed
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def begin_hashing(args: Namespace, world_size: int) -> None:
+    """Begin to hash the checkpoint where this process, of so many, will write records: a batch needs the hash to begin."""
+    group = parallel_sizes(args.data_parallel, args.ulysses_size, args.ring_size, world_size)
+    if int(os.environ.get("RANK", 0)) % group.world_size == 0:
+        with suppress(InputError, OSError):  # reported where the checkpoint is loaded
+            begin_hash(*find_weights(resolve_model_paths(args)[0].checkpoint))
 
 
 def check_processes(args: Namespace, world_size: int) -> None:

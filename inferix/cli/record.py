@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import inferix
-from inferix.checkpoints.files import file_hash, find_weights
+from inferix.checkpoints.hashes import file_hash
+from inferix.checkpoints.weight_files import find_weights
 from inferix.cli.figures import machine_name
 from inferix.cli.manifest import Manifest, Record
 from inferix.cli.model_paths import ROOT, resolve_model_paths

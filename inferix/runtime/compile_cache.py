@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inferix.checkpoints.files import file_hash
+from inferix.checkpoints.hashes import file_hash
 from inferix.runtime import inductor
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype)

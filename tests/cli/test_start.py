@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CAUSVID, ROOT
+from conftest import BASE, CAUSVID, ROOT, SELF_FORCING
 from processes import Process
 from scripts import SCRIPTS, run, self_forcing_env  # noqa: F401
 
@@ -113,6 +113,41 @@ def test_every_flag_has_a_variable(no_torch, tmp_path, name):
 
 def documentation():
     return (path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+
+
+HASHING = """
+
+import launch
+from inferix.checkpoints import hashes
+for versions in hashes._hashes:
+    print(*(path for path, _ in versions))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "begins"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),  # follows the other one
+        ({"RANK": "1", "WORLD_SIZE": "2", "DATA_PARALLEL": "2"}, True),
+        ({"RANK": "2", "WORLD_SIZE": "4", "DATA_PARALLEL": "2"}, True),
+        ({"RANK": "3", "WORLD_SIZE": "4", "DATA_PARALLEL": "2"}, False),
+    ],
+)
+def test_the_checkpoint_is_hashed_from_the_start(no_torch, tmp_path, variables, begins):
+    flags = ["--data_parallel", variables["DATA_PARALLEL"]] if "DATA_PARALLEL" in variables else []
+    (tmp_path / "run_self_forcing_quantized.py").write_text(HASHING)
+    env = no_torch | variables | {"PYTHONPATH": f"{no_torch['PYTHONPATH']}:{SCRIPTS}"}
+    command = [
+        sys.executable,
+        "run_self_forcing_quantized.py",
+        "--checkpoint_path",
+        SELF_FORCING,
+        "--wan_base_model_path",
+    ]
+    result = start([*command, BASE, *flags], env, tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"{SELF_FORCING}\n" if begins else ""), result.stderr
 
 
 def test_python_without_the_packages(bare_python, tmp_path):

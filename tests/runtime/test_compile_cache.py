@@ -73,7 +73,7 @@ def check(layer: Layer, rows: int = 3) -> None:
 def test_the_next_process_traces_nothing(tmp_path):
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), *sys.path]),
     }
     outputs = [
         subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, capture_output=True, text=True)
