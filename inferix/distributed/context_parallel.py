@@ -71,8 +71,8 @@ def init_process_group(backend: str) -> None:
 class ProcessGroups(NamedTuple):
     """The process groups that a rank is in."""
 
-    ulysses: dist.ProcessGroup
-    ring: dist.ProcessGroup
+    ulysses: Any
+    ring: Any
     clip: Any
     """All ranks that share a clip."""
     control: dist.ProcessGroup
@@ -85,12 +85,17 @@ def process_groups(ulysses_size: int, ring_size: int, data_parallel_size: int) -
     ranks = torch.arange(data_parallel_size * ring_size * ulysses_size).view(
         data_parallel_size, ring_size, ulysses_size
     )
-    ulysses_group, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, 1).tolist())
-    ring_group, _ = dist.new_subgroups_by_enumeration(ranks.transpose(1, 2).flatten(0, 1).tolist())
+    ulysses_group = _subgroup(ranks.flatten(0, 1).tolist())
+    ring_group = _subgroup(ranks.transpose(1, 2).flatten(0, 1).tolist())
     clip_ranks = ranks.flatten(1).tolist()
-    clip_group = dist.group.WORLD if data_parallel_size == 1 else dist.new_subgroups_by_enumeration(clip_ranks)[0]
+    clip_group = _subgroup(clip_ranks)
     control_group, _ = dist.new_subgroups_by_enumeration(clip_ranks, timeout=CONTROL_TIMEOUT, backend="gloo")
     return ProcessGroups(ulysses_group, ring_group, clip_group, control_group)
+
+
+def _subgroup(partition: list[list[int]]) -> Any:
+    """Return the group of this rank in a partition of all ranks, the default group where that is the only one."""
+    return dist.group.WORLD if len(partition) == 1 else dist.new_subgroups_by_enumeration(partition)[0]
 
 
 class ContextParallel:

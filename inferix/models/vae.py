@@ -208,8 +208,11 @@ class WanVAE(VAE):
 
     @torch.no_grad()
     def warm_up(self, shape: Sequence[int]) -> None:
-        """Load the kernels and let cuDNN choose its algorithms, which it keeps for the calling thread."""
-        if self.low_memory or self.context_parallel is not None:  # ranks decode together, once all are ready
+        """Load the kernels and let cuDNN choose its algorithms, which it keeps for the calling thread.
+
+        Ranks that decode together call it together.
+        """
+        if self.low_memory:
             return
         batch, frames, channels, height, width = shape
         piece = torch.zeros(batch, min(frames, FRAMES_AT_ONCE), channels, height, width)

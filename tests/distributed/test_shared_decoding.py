@@ -50,6 +50,7 @@ def take_part(kind: str) -> tuple[set[int], dict[str, Tensor]]:
     vae = build()
     vae.share(parallel)
     vae.to(device, torch.float32)
+    vae.warm_up(CLIPS["even"])
     heights: list[int] = []
     vae.decoder.conv_in.register_forward_hook(lambda _, args, out: heights.append(out.shape[2]))
     results: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from dax.quant.nn import dynamic
 from dax.quant.quantization import QConfig, quantize_dynamic, set_process_group
+from dax.quant.quantization.qconfig import get_default_dynamic_int8_qconfig
 from inferix import InputError, SelfForcingPipeline
 from inferix.config import load_config
 from inferix.models import attention_kernels as kernels
@@ -92,7 +93,7 @@ def test_compiling_twice_compiles_once(pipeline):
 
 
 def test_a_captured_graph_is_of_the_settings_that_it_was_captured_with():
-    model = quantize_dynamic(nn.Sequential(nn.Linear(16, 16)), {"": QConfig()})
+    model = quantize_dynamic(nn.Sequential(nn.Linear(16, 16)), {"": get_default_dynamic_int8_qconfig()})
     captured = signature(model)
     assert signature(model) == captured
     set_process_group(model, "a group")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dax.quant.nn import dynamic, quantized
+from dax.quant.qscheme import per_token_symmetric
 from dax.quant.quantization.matching import lookup, matching_modules
 from dax.quant.quantization.observer import AbsMaxObserver, observe_input
 from dax.quant.quantization.qconfig import QConfig
@@ -97,11 +98,12 @@ def set_process_group(model: nn.Module, group: torch.distributed.ProcessGroup | 
 
     It is for models whose ranks each hold some rows of every activation: a scale is then that of all their rows. All
     ranks have to call the layers in the same order. None turns sharing off. Call `fuse` and `torch.compile` again
-    after it.
+    after it. Layers with a scale for each row have nothing to share, and get no group.
     """
     for module in model.modules():
         if isinstance(module, dynamic.Linear):
-            module.process_group = group
+            per_tensor = module.qconfig.activation_scheme is not per_token_symmetric
+            module.process_group = group if per_tensor else None
 
 
 def match(
