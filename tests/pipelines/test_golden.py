@@ -156,6 +156,12 @@ def test_causvid_loads_the_encoder_before_its_first_block(causvid):
     assert causvid.pipeline.vae.model is not None
 
 
+def test_a_single_rollout_needs_no_encoder(causvid):
+    causvid.pipeline.vae.model = None
+    assert len(list(causvid.stream(PROMPTS[0], num_rollout=1, num_frames=9))) == 3
+    assert causvid.pipeline.vae.model is None
+
+
 # --- Causal-Forcing: blocks of one frame, other steps for the first block, an image as frame 0 ---
 
 
