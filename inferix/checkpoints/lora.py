@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from inferix.checkpoints.files import StateDict, load_weights, safetensors_metadata
+from inferix.checkpoints.json_files import load_json, parse_json
 from inferix.checkpoints.keys import diffusers_names, strip_prefixes
-from inferix.checkpoints.weight_files import load_json, parse_json
 from inferix.errors import InputError
 
 ROLES = {

@@ -1,11 +1,11 @@
 """Find the files of a checkpoint, without PyTorch: its path may be a file, an index of shards or a folder."""
 
-import json
 import re
 from pathlib import Path
 from typing import NoReturn
 
-from inferix.errors import DAMAGED, InputError, input_errors
+from inferix.checkpoints.json_files import load_json
+from inferix.errors import InputError, input_errors
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors format allows."""
@@ -14,6 +14,7 @@ SHARD = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d+)\.\w+")
 
 
 def read_head(path: Path) -> bytes:
+    """Return a file's first bytes, by which its kind is known. Raises InputError where it cannot be read."""
     with input_errors(path, OSError), path.open("rb") as file:
         return file.read(9)
 
@@ -95,19 +96,3 @@ def _indexed_shards(index: Path) -> list[Path]:
             "download the missing ones"
         )
     return [index.parent / name for name in names]
-
-
-def load_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError where ``path`` is missing or no such object."""
-    with input_errors(path, OSError, UnicodeDecodeError, hint=DAMAGED):
-        text = path.read_text()
-    return parse_json(text, path)
-
-
-def parse_json(text: str, source: Path | str) -> dict:
-    """Return ``text`` parsed as a JSON object. Raises InputError, naming ``source``, where it is no such object."""
-    with input_errors(source, ValueError, hint="is not a valid JSON object; download it again"):
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError
-    return content

@@ -6,7 +6,7 @@ import torch
 
 from inferix.checkpoints.containers import infer_sizes, read_transformer
 from inferix.checkpoints.files import load_sharded_safetensors, load_strict
-from inferix.checkpoints.weight_files import load_json
+from inferix.checkpoints.json_files import load_json
 from inferix.errors import InputError
 from inferix.models.config import TransformerConfig
 from inferix.models.text_encoder import TextEncoder

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from inferix.checkpoints.files import StateDict, load_pickle, load_sharded_safetensors, load_strict
+from inferix.checkpoints.json_files import load_json
 from inferix.checkpoints.keys import substitute
-from inferix.checkpoints.weight_files import load_json
 from inferix.errors import InputError
 from inferix.models.tokenizer import PromptTokenizer
 from inferix.runtime.cuda_graphs import CUDAGraphs
