@@ -69,7 +69,7 @@ def check_flags(runner: str, flags: list, world_size: int = 0) -> bool:
         refuse(f"quantization needs DAX: run {os.path.join(ROOT, 'setup.sh')}, or pip install -e 3rd_party/DAX")
     if "RANK" not in os.environ:  # once on a machine
         read_ahead(args)
-    if world_size == 1 or (world_size and "RANK" in os.environ):  # this process generates
+    if world_size == 1 or "RANK" in os.environ:  # this process generates
         begin_hashing(args, world_size)
     return args.entries is not None
 
@@ -144,7 +144,7 @@ def main() -> int:
     runner, *flags = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(runner))  # as if Python had been started with it
     check_packages()
-    check_flags(runner, flags, int(os.environ.get("WORLD_SIZE", 0)) if "RANK" in os.environ else 0)
+    check_flags(runner, flags, int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0)
     if "RANK" not in os.environ:
         nproc, nodes = num_processes(), number("NNODES", 1)  # may have to import PyTorch
         is_batch = check_flags(runner, flags, nproc * nodes)

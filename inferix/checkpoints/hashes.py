@@ -2,9 +2,11 @@
 
 import hashlib
 import mmap
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
+
+from inferix.background import in_background
 
 Versions = tuple[tuple[Path, int], ...]
 """Files, and when they were changed."""
@@ -20,21 +22,16 @@ def file_hash(*paths: Path) -> str:
 def begin_hash(*paths: Path) -> Future[str]:
     """Begin what ``file_hash`` waits for. Nothing waits for it where the program ends."""
     versions = tuple((path, path.stat().st_mtime_ns) for path in paths)
-    future: Future[str] = Future()
-    if _hashes.setdefault(versions, future) is future:
-        Thread(target=_hash, args=(versions, future), name="hash", daemon=True).start()
+    if versions not in _hashes:
+        _hashes[versions] = in_background(_hash, paths)
     return _hashes[versions]
 
 
-def _hash(versions: Versions, future: Future[str]) -> None:
+def _hash(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    try:
-        for path, _ in versions:
-            if path.stat().st_size:  # an empty file cannot be mapped
-                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    # in one call: beside a thread that computes, each call would wait for Python's lock
-                    digest.update(content)
-    except Exception as error:  # who waits for the hash gets it
-        future.set_exception(error)
-    else:
-        future.set_result(digest.hexdigest())
+    for path in paths:
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                # in one call: beside a thread that computes, each call would wait for Python's lock
+                digest.update(content)
+    return digest.hexdigest()

@@ -2,13 +2,13 @@
 
 import math
 import os
-import threading
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+from inferix.background import in_background
 from inferix.checkpoints.hashes import begin_hash
 from inferix.checkpoints.weight_files import find_weights
 from inferix.cli.arguments import parse_causvid, parse_self_forcing
@@ -79,14 +79,14 @@ def prompt_entries(args: Namespace, config: PipelineConfig) -> list[PromptEntry]
 
 def read_ahead(args: Namespace) -> None:
     """Begin to read the weights that the flags name into the page cache, while the program imports its libraries."""
-    paths, _ = resolve_model_paths(args)
-    base = chain(
-        paths.base.glob("*.pth"), *(paths.base.glob(f"{part}/*.safetensors") for part in ("text_encoder", "vae"))
+    base = resolve_model_paths(args)[0].base
+    files = chain(
+        checkpoint_files(args),
+        base.glob("*.pth"),
+        *(base.glob(f"{part}/*.safetensors") for part in ("text_encoder", "vae")),
     )
-    checkpoint = paths.checkpoint.glob("*") if paths.checkpoint.is_dir() else [paths.checkpoint]
     if hasattr(os, "posix_fadvise"):
-        # a thread, because the system may make the caller wait; nobody waits for it
-        threading.Thread(target=_read_files, args=([*checkpoint, *base],), name="read_ahead", daemon=True).start()
+        in_background(_read_files, list(files))  # because the system may make the caller wait
 
 
 def _read_files(paths: Iterable[Path]) -> None:
@@ -99,8 +99,14 @@ def begin_hashing(args: Namespace, world_size: int) -> None:
     """Begin to hash the checkpoint where this process, of so many, will write records: a batch needs the hash to begin."""
     group = parallel_sizes(args.data_parallel, args.ulysses_size, args.ring_size, world_size)
     if int(os.environ.get("RANK", 0)) % group.world_size == 0:
-        with suppress(InputError, OSError):  # reported where the checkpoint is loaded
-            begin_hash(*find_weights(resolve_model_paths(args)[0].checkpoint))
+        begin_hash(*checkpoint_files(args))
+
+
+def checkpoint_files(args: Namespace) -> list[Path]:
+    """Return the files of the checkpoint; none where they are not complete, which is reported where they are loaded."""
+    with suppress(InputError, OSError):
+        return find_weights(resolve_model_paths(args)[0].checkpoint)
+    return []
 
 
 def check_processes(args: Namespace, world_size: int) -> None:

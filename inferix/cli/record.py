@@ -3,7 +3,6 @@
 import os
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import inferix
+from inferix.background import in_background
 from inferix.checkpoints.hashes import file_hash
 from inferix.checkpoints.weight_files import find_weights
 from inferix.cli.figures import machine_name
@@ -34,7 +34,7 @@ def output_folder(args: Namespace) -> Path:
 class Recorder:
     """Appends the record of each video to ``manifest.jsonl`` in the output folder.
 
-    Hashing begins in a thread of its own, as a checkpoint takes seconds; the first record waits for it.
+    Files are hashed in the background, as a checkpoint takes seconds; the first record waits for it.
 
     Args:
         args: the flags.
@@ -43,9 +43,7 @@ class Recorder:
 
     def __init__(self, args: Namespace, pipeline: Pipeline):
         self.pipeline, self.manifest = pipeline, Manifest(output_folder(args) / "manifest.jsonl")
-        hashing = ThreadPoolExecutor(1, "hashing")
-        self._model = hashing.submit(describe_model, args, pipeline)
-        hashing.shutdown(wait=False)
+        self._model = in_background(describe_model, args, pipeline)
 
     def identity(self, args: Namespace, prompt: str, sample: int, video_id: str | None = None) -> Record:
         """Return the part of a record that says which video it is, for the flags of a run that makes it."""

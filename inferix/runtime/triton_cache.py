@@ -1,9 +1,10 @@
 """Where Triton keeps compiled kernels, and the hash that it looks them up by."""
 
 import os
-from threading import Thread
 
 import torch
+
+from inferix.background import in_background
 
 
 def prepare(device: torch.device) -> None:
@@ -18,4 +19,4 @@ def prepare(device: torch.device) -> None:
     except ImportError:  # private: then each finds its own folder, and the first kernel computes the hash
         return
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
-    Thread(target=triton_key, name="triton_key", daemon=True).start()
+    in_background(triton_key)

@@ -116,7 +116,6 @@ def documentation():
 
 
 HASHING = """
-
 import launch
 from inferix.checkpoints import hashes
 for versions in hashes._hashes:
@@ -139,14 +138,8 @@ def test_the_checkpoint_is_hashed_from_the_start(no_torch, tmp_path, variables, 
     flags = ["--data_parallel", variables["DATA_PARALLEL"]] if "DATA_PARALLEL" in variables else []
     (tmp_path / "run_self_forcing_quantized.py").write_text(HASHING)
     env = no_torch | variables | {"PYTHONPATH": f"{no_torch['PYTHONPATH']}:{SCRIPTS}"}
-    command = [
-        sys.executable,
-        "run_self_forcing_quantized.py",
-        "--checkpoint_path",
-        SELF_FORCING,
-        "--wan_base_model_path",
-    ]
-    result = start([*command, BASE, *flags], env, tmp_path)
+    flags += ["--checkpoint_path", SELF_FORCING, "--wan_base_model_path", BASE]
+    result = start([sys.executable, "run_self_forcing_quantized.py", *flags], env, tmp_path)
     assert (result.returncode, result.stdout) == (0, f"{SELF_FORCING}\n" if begins else ""), result.stderr
 
 
